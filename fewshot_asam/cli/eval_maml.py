@@ -1,0 +1,116 @@
+"""`eval_maml`: test runs of `train_maml`, several of them on the same tasks.
+
+eval_maml RUN
+eval_maml RUN1 RUN2 --tasks 6000 --inner-steps 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fewshot_asam import config as configs
+from fewshot_asam.checkpoint import load_weights
+from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
+from fewshot_asam.config import TrainConfig, build_learner, load_data, resolve_device
+from fewshot_asam.data import Dataset
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.evaluate import evaluate, interval, paired_difference
+from fewshot_asam.inner import RuleName
+from fewshot_asam.memory import keep_freed_memory
+from fewshot_asam.train import evaluation_sampler, summary_line
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of a test; the docstrings are the command line's help."""
+
+    tasks: int = 600
+    """test tasks"""
+    seed: int = 0
+    """of the test tasks"""
+    inner: RuleName | None = None
+    """adapt with this rule instead of the one that the run was trained with"""
+    inner_steps: int | None = None
+    """adapt with so many inner steps instead of the run's"""
+    inner_lr: float | None = None
+    """adapt with this inner learning rate instead of the run's"""
+    data_root: Path | None = None
+    """folder that holds the dataset's files, if not where the run found them"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one"""
+
+
+SAME_TASKS = ("dataset", "ways", "shots", "queries")
+"""Settings that runs must share to be tested on the same tasks."""
+OVERRIDES = ("inner", "inner_steps", "inner_lr", "data_root")
+
+
+def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, TrainConfig]:
+    """The settings a run was trained with, and those to test it with."""
+    trained = configs.from_yaml(folder / "config.yaml")
+    changed = {name: getattr(test, name) for name in OVERRIDES if getattr(test, name) is not None}
+    return trained, replace(trained, **changed)
+
+
+def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:
+    (first, expected), *others = runs.items()
+    for folder, config in others:
+        for name in SAME_TASKS:
+            if getattr(config, name) != getattr(expected, name):
+                raise FewShotError(
+                    f"{first} has {name} {getattr(expected, name)} and {folder} {getattr(config, name)}; runs that are "
+                    "compared must share " + ", ".join(SAME_TASKS)
+                )
+
+
+def _accuracies(folder: str, config: TrainConfig, dataset: Dataset, test: EvalConfig) -> Tensor:
+    learner = build_learner(config, dataset.train.shape)
+    load_weights(Path(folder) / "best.safetensors", learner.model)
+    learner.to(dataset.test.images.device)
+    return evaluate(learner, evaluation_sampler(config, dataset.test, test.seed), test.tasks, config.inner_steps)
+
+
+def _line(accuracies: Tensor, trained: TrainConfig, tested: TrainConfig) -> str:
+    mean, half_width = interval(accuracies)
+    line = summary_line({**vars(tested), "test_accuracy": mean, "test_ci95": half_width, "test_tasks": len(accuracies)})
+    changed = [name for name in OVERRIDES[:3] if getattr(trained, name) != getattr(tested, name)]
+    differences = ", ".join(f"{name} {getattr(trained, name)}" for name in changed)
+    return line + (f", NOT as trained ({differences})" if changed else ", as trained")
+
+
+def command(argv: Sequence[str]) -> None:
+    """Parses the arguments, tests the runs one after another and prints a line for each and for each pair."""
+    parser = Parser(prog="eval_maml", description="Test runs of train_maml; several are tested on the same tasks.")
+    parser.add_argument("runs", nargs="+", help="run folders")
+    add_settings(parser, EvalConfig)
+    given: Any = parse(parser, argv)
+    test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})
+    if test.tasks < 2:
+        raise FewShotError(f"tasks is {test.tasks}; expected at least 2, for an interval")
+    settings = {folder: _trained_and_tested(existing_run(folder), test) for folder in given.runs}
+    tested = {folder: pair[1] for folder, pair in settings.items()}
+    _require_same_tasks(tested)
+    keep_freed_memory()
+    dataset = load_data(next(iter(tested.values())), resolve_device(test.device))
+    accuracies: dict[str, Tensor] = {}
+    for folder, config in tested.items():
+        accuracies[folder] = _accuracies(folder, config, dataset, test)
+        print(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}", flush=True)
+    for first, second in combinations(accuracies, 2):
+        difference = paired_difference(accuracies[first], accuracies[second])
+        print(f"{first} minus {second}: {difference} (paired, the same {test.tasks} tasks)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script."""
+    return run(command, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

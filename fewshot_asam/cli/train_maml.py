@@ -1,0 +1,71 @@
+"""`train_maml`: meta-train and test.
+
+train_maml --inner agnostic_sam --ways 5 --shots 1
+train_maml --config configs/omniglot_20w1s_maml.yaml --data-root DATA
+train_maml --resume --output-dir RUN --iterations 2000
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from fewshot_asam import config as configs
+from fewshot_asam.cli.parsing import Parser, add_settings, config_first, existing_run, parse, run
+from fewshot_asam.config import TrainConfig
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.memory import keep_freed_memory
+from fewshot_asam.train import train
+
+FREE_TO_CHANGE = {"iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every"}
+"""Settings with which a run may be resumed although they differ."""
+
+
+def _parser(defaults: TrainConfig) -> Parser:
+    parser = Parser(prog="train_maml", description="Meta-train a few-shot learner, test it, write a run folder.")
+    parser.add_argument("--config", action="config", help="YAML file of these settings; flags override it")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
+    add_settings(parser, TrainConfig)
+    parser.set_defaults(asdict(defaults))
+    return parser
+
+
+def _settings(argv: Sequence[str], defaults: TrainConfig) -> tuple[TrainConfig, bool]:
+    given = parse(_parser(defaults), config_first(argv))
+    values = {field.name: given[field.name] for field in fields(TrainConfig)}
+    return TrainConfig(**values), bool(given.resume)
+
+
+def _resumed(argv: Sequence[str], folder: Path) -> TrainConfig:
+    """The stored settings with the given ones over them; a difference that would alter the run is refused."""
+    stored = configs.from_yaml(existing_run(str(folder)) / "config.yaml")
+    wanted, _ = _settings(argv, stored)
+    for field in fields(TrainConfig):
+        old, new = getattr(stored, field.name), getattr(wanted, field.name)
+        if old != new and field.name not in FREE_TO_CHANGE:
+            raise FewShotError(
+                f"{field.name} was {old} and is {new}, which would alter the resumed run; "
+                "leave it as it was, or start a new run"
+            )
+    return wanted
+
+
+def command(argv: Sequence[str]) -> None:
+    """Parses the arguments and trains."""
+    config, resume = _settings(argv, TrainConfig())
+    if resume:
+        if config.output_dir is None:
+            raise FewShotError("--resume needs the run to go on with; pass --output-dir RUN")
+        config = _resumed(argv, config.output_dir)
+    keep_freed_memory()
+    train(config, resume)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script."""
+    return run(command, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,197 @@
+"""Everything that defines a training run, each setting with its default and unit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from fewshot_asam.data import Dataset, load_dataset
+from fewshot_asam.engine import EngineName
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.inner import Rule, RuleName
+from fewshot_asam.meta import Adapt, MetaLearner, Norm
+from fewshot_asam.models import ModelName, build_model
+from fewshot_asam.validation import Validation
+
+DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; the docstrings are the command line's help."""
+
+    inner: RuleName = "agnostic_sam"
+    """rule of the lower level (inner loop)"""
+    ways: int = 5
+    """classes in a task, N"""
+    shots: int = 1
+    """support images of each class, K"""
+    queries: int = 15
+    """query images of each class, Q"""
+
+    dataset: DatasetName = "glyphs"
+    """where the images come from; glyphs needs no download"""
+    data_root: Path | None = None
+    """folder that holds the dataset's files; without it they are downloaded where that is possible"""
+    image_size: int = 84
+    """side of the images of dataset folder, in pixels"""
+    split_csv: Path | None = None
+    """class,split table for dataset folder; without it classes are split by seed"""
+
+    model: ModelName = "conv4"
+    """network"""
+    hidden: int = 32
+    """filters of the network's first block"""
+    norm: Norm = "transductive"
+    """norm layers use the queries' own batch statistics (transductive) or the support set's (inductive)"""
+
+    inner_lr: float = 0.4
+    """inner learning rate, alpha"""
+    inner_steps: int = 1
+    """inner steps, in training and testing"""
+    rho: float = 5e-4
+    """radius of the perturbation"""
+    rho1: float | None = None
+    """Agnostic-SAM's radius on the training gradient; 2 * rho if not given"""
+    rho2: float | None = None
+    """Agnostic-SAM's radius on the validation gradient; rho if not given"""
+    validation: Validation = "duplicate"
+    """lower-level validation set: the support set again, an augmented copy, or a held-out part of it (with duplicate,
+    Agnostic-SAM differs from Sharp-MAML_low of radius rho only by a term of order rho squared)"""
+    val_grad_point: Literal["perturbed", "current"] = "perturbed"
+    """where the validation gradient of equation (5) is taken"""
+    val_norm: Literal["own", "current"] = "own"
+    """by which norm the validation gradient of equation (5) is divided"""
+    through_perturbation: bool = True
+    """the meta-gradient flows through the perturbation (false: the cheap form)"""
+    beta: float = 0.0
+    """momentum of the validation gradient over the inner steps of a task"""
+    adaptive: bool = False
+    """ASAM: scale each parameter's perturbation by its magnitude"""
+    adapt: Adapt = "all"
+    """parameters that the inner loop changes: all (MAML), head (ANIL), body (BOIL), no_norm"""
+    first_order: bool = False
+    """first-order meta-gradients (FOMAML)"""
+
+    iterations: int = 600
+    """meta-batches to train on"""
+    max_minutes: float | None = None
+    """stop training after so many minutes, whatever is left of the iterations"""
+    meta_batch_size: int = 4
+    """tasks in a meta-batch, T"""
+    meta_lr: float = 1e-3
+    """learning rate of Adam at the upper level"""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """course of meta_lr; cosine falls to 0 at the last iteration"""
+    clip_grad: float | None = None
+    """largest norm of the meta-gradient"""
+    validate_every: int = 100
+    """iterations between two validations; the best one's weights are kept"""
+    validate_tasks: int = 100
+    """tasks of a validation, the same ones each time"""
+    test_tasks: int = 600
+    """tasks of the test after training"""
+    checkpoint_every: int = 100
+    """iterations between two checkpoints"""
+
+    seed: int = 0
+    """of the initial weights and the training tasks"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one"""
+    engine: EngineName = "auto"
+    """tasks one by one (loop) or vectorised (vmap)"""
+    output_dir: Path | None = None
+    """run folder; if not given, a new one under runs/"""
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("meta_lr", "clip_grad", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise FewShotError(f"{name} is {value}; expected a finite number above 0")
+        for name in ("validate_tasks", "test_tasks"):
+            if getattr(self, name) < 2:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected at least 2, for an interval")
+        if self.validation == "split" and self.shots < 2:
+            raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
+        if not 0 <= self.seed < 2**63:
+            raise FewShotError(f"seed is {self.seed}; expected at least 0 and below 2**63")
+        self.rule  # noqa: B018  its own checks
+
+    @property
+    def rule(self) -> Rule:
+        """The lower-level rule with its switches."""
+        names = {field.name for field in fields(Rule)} - {"name"}
+        return Rule(self.inner, **{name: getattr(self, name) for name in names})
+
+    @property
+    def title(self) -> str:
+        """The run in a few words, fit for a file name."""
+        return f"{self.dataset}-{self.ways}w{self.shots}s-{self.inner}-seed{self.seed}"
+
+
+COUNTS = (
+    *("ways", "shots", "queries", "image_size", "hidden", "inner_steps"),
+    *("iterations", "meta_batch_size", "validate_every", "checkpoint_every"),
+)
+"""Settings that count something, of which there must be one at least."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` stands for; raises `FewShotError` where there is no such."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise FewShotError("device is 'cuda', but this machine has no usable CUDA device; use --device cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def load_data(config: TrainConfig, device: torch.device) -> Dataset:
+    """The run's dataset, resident on `device`."""
+    options: dict[str, Any] = {}
+    if config.dataset == "folder":
+        options = {"image_size": config.image_size, "split_csv": config.split_csv, "seed": config.seed}
+    return load_dataset(config.dataset, config.data_root, device=device, **options)
+
+
+def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
+    """The run's untrained meta-learner, on the CPU."""
+    return MetaLearner(
+        build_model(config.model, config.ways, image_shape, config.hidden, config.seed),
+        config.inner_lr,
+        config.rule,
+        adapt=config.adapt,
+        validation=config.validation,
+        norm=config.norm,
+        engine=config.engine,
+    )
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def from_yaml(path: Path) -> TrainConfig:
+    """The settings that `to_yaml` wrote; raises `FewShotError` naming a file that is not of that kind."""
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FewShotError(f"{path} does not exist; expected the folder of a run of train_maml") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FewShotError(f"{path} is not a YAML file ({str(error).splitlines()[0]})") from error
+    known = {field.name for field in fields(TrainConfig)}
+    if not isinstance(plain, dict) or not set(plain) <= known:
+        raise FewShotError(f"{path} does not hold the settings of a run; expected {', '.join(sorted(known))}")
+    for name in ("data_root", "split_csv", "output_dir"):
+        plain[name] = Path(plain[name]) if plain.get(name) else None
+    try:
+        return TrainConfig(**plain)
+    except TypeError as error:
+        raise FewShotError(f"{path} holds a setting of the wrong type ({error})") from error

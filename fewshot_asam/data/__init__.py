@@ -1,0 +1,1 @@
+"""Datasets: one file each, all of one type, resident on the device."""

@@ -1,0 +1,71 @@
+"""Decoded datasets kept as safetensors, so that the second start takes a second."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pooch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fewshot_asam.data.images import Dataset, ImageSet
+from fewshot_asam.errors import FewShotError
+
+SPLITS = ("train", "val", "test")
+
+
+def cache_dir() -> Path:
+    """Where decoded and downloaded data is kept: `$FEWSHOT_ASAM_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("FEWSHOT_ASAM_CACHE") or pooch.os_cache("fewshot_asam"))
+
+
+def fingerprint(files: Iterable[Path], *settings: object) -> str:
+    """A key that changes when a source file (path, size, time) or a setting does."""
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
+    return hashlib.sha256(repr((stats, settings)).encode()).hexdigest()[:16]
+
+
+def cached(name: str, key: str, build: Callable[[], Dataset]) -> Dataset:
+    """The dataset stored under `name` and `key`, or `build()`, which is then stored.
+
+    A damaged entry is built anew and a folder that cannot be written is done without; both with a warning.
+    """
+    folder = cache_dir() / "datasets" / f"{name}-{key}"
+    if folder.is_dir():
+        try:
+            return Dataset(name, *(_read(folder / f"{split}.safetensors") for split in SPLITS))
+        except (OSError, SafetensorError, FewShotError, ValueError, KeyError) as error:
+            warnings.warn(f"the cached copy of {name} in {folder} is damaged and built anew ({error})", stacklevel=2)
+            shutil.rmtree(folder, ignore_errors=True)
+    dataset = build()
+    try:
+        _write(dataset, folder)
+    except OSError as error:
+        warnings.warn(f"{name} is not cached, as {folder.parent} cannot be written ({error})", stacklevel=2)
+    return dataset
+
+
+def _read(file: Path) -> ImageSet:
+    with safe_open(file, framework="pt") as stored:
+        names = tuple(json.loads(stored.metadata()["names"]))
+        return ImageSet(stored.get_tensor("images"), stored.get_tensor("counts"), names)
+
+
+def _write(dataset: Dataset, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        for split in SPLITS:
+            images: ImageSet = getattr(dataset, split)
+            tensors = {"images": images.images.contiguous(), "counts": images.counts}
+            save_file(tensors, scratch / f"{split}.safetensors", metadata={"names": json.dumps(images.names)})
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""Episodes and the sampler that draws them, for many tasks at once, on the device.
+
+Letters for shapes, here and in the whole package: `T` tasks, `N` ways, `K` shots, `Q` queries a class, `S = N*K`
+support images a task, `C H W` channels, height and width of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fewshot_asam.data.images import ImageSet
+from fewshot_asam.errors import FewShotError
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """A batch of `T` few-shot tasks.
+
+    **Arguments:**
+
+    - `support_x`: float `[T, S, C, H, W]`, in `[0, 1]`.
+    - `support_y`: int64 `[T, S]`, labels `0..N-1`.
+    - `query_x`: float `[T, N*Q, C, H, W]`.
+    - `query_y`: int64 `[T, N*Q]`.
+
+    Raises `FewShotError` where the shapes do not fit together.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def __post_init__(self) -> None:
+        for role, x, y in (
+            ("support", self.support_x, self.support_y),
+            ("query", self.query_x, self.query_y),
+        ):
+            if y.ndim != 2 or x.shape[:2] != y.shape or y.dtype != torch.int64:
+                raise FewShotError(
+                    f"{role} images are {list(x.shape)} and labels {y.dtype} {list(y.shape)}; expected images "
+                    "[tasks, images, ...] and int64 labels [tasks, images]"
+                )
+        if len(self.support_x) != len(self.query_x):
+            raise FewShotError(
+                f"{len(self.support_x)} support sets and {len(self.query_x)} query sets; expected one of each a task"
+            )
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks these are, `T`."""
+        return len(self.support_x)
+
+    def __getitem__(self, index: slice) -> Episodes:
+        """Some of the tasks."""
+        return Episodes(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> Episodes:
+        """The same episodes on another device."""
+        return Episodes(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class EpisodeSampler:
+    """Draws episodes from an `ImageSet`: `N` classes without replacement, of each `K + Q` different images.
+
+    The labels `0..N-1` are given to the drawn classes in random order. One generator on the images' device makes every
+    draw, so the same seed gives the same stream there, and `state_dict` is all that is needed to go on with it.
+
+    **Arguments:**
+
+    - `images`: the split to draw from, on the device where the episodes are wanted.
+    - `ways`, `shots`, `queries`: `N >= 2`, `K >= 1`, `Q >= 1`; `shots` and `queries` count images of one class.
+    - `seed`: of the sampler's own generator.
+
+    Raises `FewShotError` where the split has too few classes, or one of its classes too few images.
+    """
+
+    def __init__(self, images: ImageSet, ways: int, shots: int, queries: int, *, seed: int = 0) -> None:
+        _check(images, ways, shots, queries)
+        self.images, self.ways, self.shots, self.queries = images, ways, shots, queries
+        self._starts = images.starts
+        self._longest = int(images.counts.max())
+        self._even = bool((images.counts == self._longest).all())
+        self.generator = torch.Generator(images.images.device).manual_seed(seed)
+
+    def draw(self, tasks: int) -> tuple[Tensor, Tensor]:
+        """The classes drawn, int64 `[T, N]`, and the indices of their images, int64 `[T, N, K+Q]`."""
+        device, counts = self.images.images.device, self.images.counts
+        keys = torch.rand(tasks, len(counts), generator=self.generator, device=device)
+        classes = keys.topk(self.ways).indices
+        keys = torch.rand(tasks, self.ways, self._longest, generator=self.generator, device=device)
+        if not self._even:
+            absent = torch.arange(self._longest, device=device) >= counts[classes].unsqueeze(-1)
+            keys = keys.masked_fill(absent, -1.0)
+        within = keys.topk(self.shots + self.queries).indices
+        return classes, self._starts[classes].unsqueeze(-1) + within
+
+    def sample(self, tasks: int) -> Episodes:
+        """`tasks` new episodes; support and query images are grouped by label."""
+        if tasks < 1:
+            raise FewShotError(f"{tasks} tasks were asked for; expected at least 1")
+        index = self.draw(tasks)[1]
+        support, query = torch.split(index, [self.shots, self.queries], dim=2)
+        return Episodes(*self._gather(support), *self._gather(query))
+
+    def _gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = self.images.images[index.flatten(1)]  # [T, N*n, C, H, W]
+        labels = torch.arange(self.ways, device=index.device).repeat_interleave(index.shape[2])
+        return pixels.to(torch.get_default_dtype()) / 255, labels.expand(len(index), -1).contiguous()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator's state: the stream goes on from here."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state that `state_dict` gave."""
+        self.generator.set_state(state["generator"].cpu())
+
+
+def _check(images: ImageSet, ways: int, shots: int, queries: int) -> None:
+    for name, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
+        if value < least:
+            raise FewShotError(f"{name} is {value}; expected at least {least}")
+    if ways > len(images.names):
+        raise FewShotError(f"ways is {ways}, but the split has {len(images.names)} classes; choose at most that many")
+    fewest = int(images.counts.argmin())
+    if int(images.counts[fewest]) < shots + queries:
+        raise FewShotError(
+            f"class {images.names[fewest]} has {int(images.counts[fewest])} images; {shots} shots and {queries} "
+            f"queries need {shots + queries}: ask for fewer, or leave the class out"
+        )

@@ -1,0 +1,261 @@
+"""MAML, Sharp-MAML_low and Agnostic-SAM as meta-learners: `clone` and `adapt` in a loop of your own, or batched.
+
+learner = MetaAgnosticSAM(model, lr=0.1, rho=5e-4)
+task = learner.clone()
+task.adapt(lambda net: cross_entropy(net(x_s), y_s), steps=5)
+loss = cross_entropy(task(x_q), y_q)            # gradients flow back to `model`
+out = learner.meta_loss(episodes, steps=5)      # the same for a batch of tasks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fewshot_asam import engine as engines
+from fewshot_asam import inner
+from fewshot_asam.engine import EngineName, LowerLevel, MetaOutput
+from fewshot_asam.episodes import Episodes
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.inner import Loss, Rule
+from fewshot_asam.models import norm_layers, require_stateless, takes_support
+from fewshot_asam.perturb import Params
+from fewshot_asam.validation import Validation, check_validation
+
+Adapt = Literal["all", "head", "body", "no_norm"]
+Norm = Literal["transductive", "inductive"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """The model with other values for its adapted parameters: call it as you would call the model."""
+
+    model: nn.Module
+    params: Params
+
+    def __call__(self, x: Tensor, *, support: Tensor | None = None) -> Tensor:
+        """Logits of `x [n, ...]`; `support` images alone give the norm's statistics if given (inductive)."""
+        return engines.predict(self.model, self.params, x, support)
+
+
+Closure = Callable[[Network], Tensor]
+
+
+class Task:
+    """One task's copy of the meta-parameters, made by `MetaLearner.clone`.
+
+    Its adapted parameters are in `params`, by name; what is computed from them can be differentiated back to the
+    model's own parameters.
+    """
+
+    def __init__(self, lower: LowerLevel, params: Params) -> None:
+        self._lower = lower
+        self.params = params
+        self._memory: Params | None = None
+
+    def __call__(self, x: Tensor, *, support: Tensor | None = None) -> Tensor:
+        """Logits of `x [n, ...]`; an inductive learner needs the `support` images, whose statistics the norm uses."""
+        if self._lower.inductive and support is None:
+            raise FewShotError("an inductive learner predicts with the support set's statistics; pass support=images")
+        return Network(self._lower.model, self.params)(x, support=support if self._lower.inductive else None)
+
+    def adapt(self, loss: Closure | Tensor, steps: int = 1, *, validation: Closure | None = None) -> Task:
+        """`steps` lower-level steps, in place.
+
+        **Arguments:**
+
+        - `loss`: a closure from a `Network` to the training loss, which the rule calls as often as it needs; MAML also
+          takes a loss that was computed with this task, for one step, as in learn2learn.
+        - `validation`: a closure for `L_v` of Agnostic-SAM; left out, it is a duplicate of `loss`.
+
+        **Returns:** the task itself. Raises `FewShotError` for a loss tensor with a rule that needs a closure.
+        """
+        lower = self._lower
+        if isinstance(loss, Tensor):
+            self.params = self._step_down(loss, steps)
+            return self
+        if validation is None and lower.validation != "duplicate" and lower.rule.name == "agnostic_sam":
+            raise FewShotError(f"validation is {lower.validation!r}, but adapt was given no validation= closure")
+        train_loss = self._loss(loss)
+        val_loss = None if validation is None else self._loss(validation)
+        for _ in range(steps):
+            self.params, self._memory = inner.step(
+                lower.rule, self.params, self._memory, train_loss, val_loss, lower.lr, inner.autograd_gradient
+            )
+        return self
+
+    def _loss(self, closure: Closure) -> Loss:
+        return lambda params: closure(Network(self._lower.model, params))
+
+    def _step_down(self, loss: Tensor, steps: int) -> Params:
+        if self._lower.rule.name != "maml" or steps != 1:
+            raise FewShotError(
+                f"{self._lower.rule.name} with {steps} steps evaluates the loss more than once and was given a loss "
+                "tensor; pass a closure: task.adapt(lambda net: loss_fn(net(x), y), steps=...)"
+            )
+        grads = torch.autograd.grad(
+            loss,
+            list(self.params.values()),
+            create_graph=not self._lower.rule.first_order,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        stepped = zip(self.params.items(), grads, strict=True)
+        return {name: value - self._lower.lr * grad for (name, value), grad in stepped}
+
+
+class MetaLearner(nn.Module):
+    """A model and the rule that adapts it to a task.
+
+    **Arguments:**
+
+    - `model`: any `nn.Module` from images to logits; its norm layers must not keep running statistics.
+    - `lr`: inner learning rate alpha.
+    - `rule`: the lower-level step with its switches.
+    - `adapt`: which parameters the inner loop changes: `all` (MAML), `head` (ANIL: the last layer), `body` (BOIL: all
+      but the last layer), `no_norm` (norm layers are meta-learned only, as in Sharp-MAML's code).
+    - `validation`: where Agnostic-SAM's `L_v` comes from in `meta_loss`: a `duplicate` of the support set (the paper's
+      choice), an `augment`ed copy, or a `split` of it. With `duplicate` Agnostic-SAM differs from Sharp-MAML_low of
+      radius `rho` only by a term of order `rho**2`.
+    - `norm`: `transductive` (queries are normalised together) or `inductive` (with the support set's statistics).
+    - `engine`: how `meta_loss` runs: `loop` over tasks, `vmap`, or `auto`.
+
+    Raises `FewShotError` for values out of range and for models that cannot be adapted so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        rule: Rule,
+        *,
+        adapt: Adapt = "all",
+        validation: Validation = "duplicate",
+        norm: Norm = "transductive",
+        engine: EngineName = "auto",
+    ) -> None:
+        super().__init__()
+        require_stateless(model)
+        check_validation(validation)
+        if not 0 < lr < float("inf"):
+            raise FewShotError(f"the inner learning rate is {lr}; expected a finite number above 0")
+        if norm not in get_args(Norm):
+            raise FewShotError(f"norm is {norm!r}; expected one of {', '.join(get_args(Norm))}")
+        if norm == "inductive" and not takes_support(model):
+            raise FewShotError(
+                f"{type(model).__name__}.forward takes no `support`, the number of images that give the statistics, "
+                "which norm 'inductive' needs; Conv4 and ResNet12 do. A model without batch norm needs no such mode"
+            )
+        self.model = model
+        self.norm = norm
+        self.engine = engine
+        self.lower = LowerLevel(model, rule, lr, adapted_names(model, adapt), validation, norm == "inductive")
+
+    @property
+    def rule(self) -> Rule:
+        """The lower-level rule with its switches."""
+        return self.lower.rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The unadapted model's logits."""
+        return self.model(x)  # type: ignore[no-any-return]
+
+    def clone(self) -> Task:
+        """A task that starts at the meta-parameters; gradients flow back to them."""
+        named = dict(self.model.named_parameters())
+        return Task(self.lower, {name: named[name] for name in self.lower.adapted})
+
+    def meta_loss(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
+        """Adapts to every task and evaluates its queries; `loss.backward()` gives the meta-gradient.
+
+        **Arguments:**
+
+        - `episodes`: on the model's device.
+        - `steps`: inner steps, at least 0.
+        - `generator`: for `validation="augment"`, on the same device.
+
+        **Returns:** `MetaOutput`: `loss` (scalar), `logits` `[T, N*Q, N]`, `accuracy` `[T]`.
+        """
+        return engines.meta_loss(self.lower, episodes, _checked(steps), self.engine, generator)
+
+    def meta_backward(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
+        """`meta_loss(...).loss.backward()` in less memory: task by task where the engine is `loop`."""
+        return engines.meta_backward(self.lower, episodes, _checked(steps), self.engine, generator)
+
+
+class MAML(MetaLearner):
+    """Model-agnostic meta-learning (Finn et al. 2017): `theta' = theta - alpha * grad L_t(theta)`.
+
+    **Arguments:** `model`, `lr`, `first_order` (FOMAML), and those of `MetaLearner`.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, *, first_order: bool = False, **options: Any) -> None:
+        super().__init__(model, lr, Rule("maml", first_order=first_order), **options)
+
+
+class SharpMAML(MetaLearner):
+    """Sharp-MAML_low (Abbas et al. 2022): the lower level descends along the gradient at SAM's perturbed parameters.
+
+    **Arguments:** `model`, `lr`, `rho` (radius), those of `MetaLearner`, and `Rule`'s switches.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, *, rho: float = 5e-4, **options: Any) -> None:
+        switches = _take(options, "through_perturbation", "adaptive", "first_order")
+        super().__init__(model, lr, Rule("sharp_maml_low", rho=rho, **switches), **options)
+
+
+class MetaAgnosticSAM(MetaLearner):
+    """Agnostic-SAM at the lower level (Nguyen et al., equations 4 to 6).
+
+    **Arguments:** `model`, `lr`, `rho`, `rho1` (None: `2 * rho`), `rho2` (None: `rho`), those of `MetaLearner`, and
+    `Rule`'s switches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        rho: float = 5e-4,
+        rho1: float | None = None,
+        rho2: float | None = None,
+        **options: Any,
+    ) -> None:
+        switches = _take(
+            options, "val_grad_point", "val_norm", "through_perturbation", "beta", "adaptive", "first_order"
+        )
+        super().__init__(model, lr, Rule("agnostic_sam", rho=rho, rho1=rho1, rho2=rho2, **switches), **options)
+
+
+def adapted_names(model: nn.Module, adapt: Adapt) -> tuple[str, ...]:
+    """Names of the trainable parameters that the inner loop changes; see `MetaLearner`'s `adapt`."""
+    if adapt not in get_args(Adapt):
+        raise FewShotError(f"adapt is {adapt!r}; expected one of {', '.join(get_args(Adapt))}")
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
+    owners = {name: name.rpartition(".")[0] for name in names}
+    if not names:
+        raise FewShotError(f"{type(model).__name__} has no trainable parameter; there is nothing to adapt")
+    head, norms = owners[names[-1]], set(norm_layers(model))
+    chosen = {
+        "all": names,
+        "head": [name for name in names if owners[name] == head],
+        "body": [name for name in names if owners[name] != head],
+        "no_norm": [name for name in names if owners[name] not in norms],
+    }[adapt]
+    if not chosen:
+        raise FewShotError(f"adapt {adapt!r} leaves {type(model).__name__} no parameter to adapt; choose another")
+    return tuple(chosen)
+
+
+def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def _checked(steps: int) -> int:
+    if steps < 0:
+        raise FewShotError(f"{steps} inner steps were asked for; expected at least 0")
+    return steps

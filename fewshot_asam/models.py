@@ -1,0 +1,187 @@
+"""Conv4 and ResNet12, with a norm on the statistics of the batch at hand that `vmap` differentiates twice correctly.
+
+Both models take `forward(x, support=None)`: with `support=n` the first `n` images alone give the norm's statistics,
+which is how an inductive prediction is made without knowledge of the other queries; without it all images of `x` do
+(transductive).
+"""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot_asam.errors import FewShotError
+
+EPS = 1e-5
+"""Added to the variance, as in `torch.nn.BatchNorm2d`."""
+
+
+class TaskNorm(nn.Module):
+    """Batch norm on batch statistics, without running ones, written in primitives.
+
+    `F.batch_norm` under `vmap` gives wrong second-order gradients (https://github.com/pytorch/functorch/issues/534).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def coefficients(self, x: Tensor, weight: Tensor, support: int | None) -> tuple[Tensor, Tensor]:
+        """Scale and shift `[C]`, so that the normalised `x [n, C, H, W]` is `x * scale + shift`."""
+        var, mean = torch.var_mean(x[:support], dim=(0, 2, 3), correction=0)
+        scale = weight * torch.rsqrt(var + EPS)
+        return scale, self.bias - mean * scale
+
+    def forward(self, x: Tensor, support: int | None = None) -> Tensor:
+        scale, shift = self.coefficients(x, self.weight, support)
+        return x * _per_channel(scale) + _per_channel(shift)
+
+
+def _per_channel(value: Tensor) -> Tensor:
+    return value.view(1, -1, 1, 1)
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution, norm, ReLU and 2x2 max-pooling, computed as convolution, pooling, affine, ReLU.
+
+    ReLU commutes with max-pooling, and so does the norm's affine map once the sign of its weight is folded into the
+    convolution; the pooled tensors have a quarter of the elements. A bias before the norm would be dead: there is none.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
+        self.norm = TaskNorm(hidden)
+
+    def forward(self, x: Tensor, support: int | None = None) -> Tensor:
+        weight = self.norm.weight
+        sign = 1 - 2 * (weight < 0).to(weight.dtype)
+        y = F.conv2d(x, self.conv.weight * sign.view(-1, 1, 1, 1), padding=1)
+        scale, shift = self.norm.coefficients(y, weight * sign, support)
+        return F.relu(F.max_pool2d(y, 2) * _per_channel(scale) + _per_channel(shift))
+
+
+class Conv4(nn.Module):
+    """The four-block convolutional network of Vinyals et al. (2016) and Finn et al. (2017), with a linear head.
+
+    **Arguments:**
+
+    - `ways`: `N`, the number of logits.
+    - `image_shape`: `(C, H, W)`; sides of at least 16.
+    - `hidden`: filters of each block; 64 in Sharp-MAML's protocol, 32 in Finn's for Mini-ImageNet.
+
+    `forward` maps `[n, C, H, W]` to logits `[n, N]`.
+    """
+
+    def __init__(self, ways: int, image_shape: tuple[int, int, int], hidden: int = 64) -> None:
+        super().__init__()
+        channels, height, width = _checked(image_shape, hidden)
+        self.blocks = nn.ModuleList([ConvBlock(channels if i == 0 else hidden, hidden) for i in range(4)])
+        self.head = nn.Linear(hidden * (height // 16) * (width // 16), ways)
+        _xavier(self)
+
+    def forward(self, x: Tensor, support: int | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, support)
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
+class ResidualBlock(nn.Module):
+    """Three 3x3 convolutions with norm, a 1x1 shortcut, leaky ReLU (0.1) and 2x2 max-pooling."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        widths = [channels, hidden, hidden, hidden]
+        self.convs = nn.ModuleList([nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths)])
+        self.norms = nn.ModuleList([TaskNorm(hidden) for _ in range(3)])
+        self.shortcut = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.shortcut_norm = TaskNorm(hidden)
+
+    def forward(self, x: Tensor, support: int | None = None) -> Tensor:
+        y = x
+        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(y), support)
+            y = F.leaky_relu(y, 0.1) if depth < 2 else y
+        y = y + self.shortcut_norm(self.shortcut(x), support)
+        return F.max_pool2d(F.leaky_relu(y, 0.1), 2)
+
+
+class ResNet12(nn.Module):
+    """ResNet-12 as in Oreshkin et al. (2018) and Lee et al. (2019), without dropout: 12 convolutions in four blocks.
+
+    **Arguments:** as `Conv4`'s; `hidden` is the width of the first block, the others have 2.5, 5 and 10 times as many.
+    """
+
+    def __init__(self, ways: int, image_shape: tuple[int, int, int], hidden: int = 64) -> None:
+        super().__init__()
+        channels, _, _ = _checked(image_shape, hidden)
+        widths = [channels, hidden, hidden * 5 // 2, hidden * 5, hidden * 10]
+        self.blocks = nn.ModuleList([ResidualBlock(a, b) for a, b in pairwise(widths)])
+        self.head = nn.Linear(widths[-1], ways)
+        _xavier(self)
+
+    def forward(self, x: Tensor, support: int | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, support)
+        return self.head(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+ModelName = Literal["conv4", "resnet12"]
+
+
+def build_model(name: ModelName, ways: int, image_shape: tuple[int, int, int], hidden: int, seed: int) -> nn.Module:
+    """A `Conv4` or `ResNet12` whose initial weights depend on `seed` alone."""
+    kinds = {"conv4": Conv4, "resnet12": ResNet12}
+    if name not in kinds:
+        raise FewShotError(f"model is {name!r}; expected one of {', '.join(kinds)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kinds[name](ways, image_shape, hidden)
+
+
+def takes_support(model: nn.Module) -> bool:
+    """Whether the model's `forward` can be told which images give the norm's statistics."""
+    return "support" in inspect.signature(model.forward).parameters
+
+
+def norm_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that normalise."""
+    kinds = (TaskNorm, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+
+def batch_norm_layers(model: nn.Module) -> list[str]:
+    """Names of the layers built on `F.batch_norm`, which `vmap` differentiates wrongly (see `TaskNorm`)."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+
+
+def require_stateless(model: nn.Module) -> None:
+    """Raises `FewShotError` naming a layer that keeps running statistics, which every inner step would move."""
+    for name, layer in model.named_modules():
+        if getattr(layer, "running_mean", None) is not None:
+            raise FewShotError(
+                f"layer {name!r} ({type(layer).__name__}) keeps running statistics, which adaptation would leak from "
+                "task to task; expected norm layers on batch statistics: pass track_running_stats=False or use TaskNorm"
+            )
+
+
+def _checked(image_shape: tuple[int, int, int], hidden: int) -> tuple[int, int, int]:
+    if min(image_shape[1:]) < 16:
+        raise FewShotError(f"images are {image_shape[1]}x{image_shape[2]}; four poolings need sides of at least 16")
+    if hidden < 1:
+        raise FewShotError(f"hidden is {hidden}; expected at least 1 filter")
+    return image_shape
+
+
+def _xavier(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
