@@ -32,15 +32,35 @@ class TaskNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def coefficients(self, x: Tensor, weight: Tensor, support: int | None) -> tuple[Tensor, Tensor]:
-        """Scale and shift `[C]`, so that the normalised `x [n, C, H, W]` is `x * scale + shift`."""
-        var, mean = torch.var_mean(x[:support], dim=(0, 2, 3), correction=0)
+    def coefficients(self, var_mean: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift `[C]`, so that the normalised `x` is `x * scale + shift`."""
+        var, mean = var_mean
         scale = weight * torch.rsqrt(var + EPS)
         return scale, self.bias - mean * scale
 
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
-        scale, shift = self.coefficients(x, self.weight, support)
+        scale, shift = self.coefficients(var_mean(x[:support]), self.weight)
         return x * _per_channel(scale) + _per_channel(shift)
+
+
+def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean of each channel of `x [n, C, H, W]`, both `[C]`."""
+    return torch.var_mean(x, dim=(0, 2, 3), correction=0)
+
+
+def conv_var_mean(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`var_mean(F.conv2d(x, weight, padding=1))` from the mean and covariance of the 3x3 patches of `x`.
+
+    With `M` the mean patch and `C` the covariance of patches, a filter's output has the mean `w.M` and the variance
+    `w.C.w`. For images with few channels this spares the forward and the (double) backward a pass over the output.
+    """
+    patches = F.unfold(x, 3, padding=1)  # [n, 9*C, H*W]
+    count = patches.shape[0] * patches.shape[2]
+    mean = patches.sum(2).sum(0) / count
+    centred = patches - mean.unsqueeze(1)
+    covariance = torch.bmm(centred, centred.transpose(1, 2)).sum(0) / count
+    filters = weight.flatten(1)
+    return ((filters @ covariance) * filters).sum(1), filters @ mean
 
 
 def _per_channel(value: Tensor) -> Tensor:
@@ -52,18 +72,21 @@ class ConvBlock(nn.Module):
 
     ReLU commutes with max-pooling, and so does the norm's affine map once the sign of its weight is folded into the
     convolution; the pooled tensors have a quarter of the elements. A bias before the norm would be dead: there is none.
+    Where a patch has no more entries than there are filters, the norm's statistics come from `conv_var_mean`.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
         self.norm = TaskNorm(hidden)
+        self.few_channels = 9 * channels <= hidden
 
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
-        weight = self.norm.weight
-        sign = 1 - 2 * (weight < 0).to(weight.dtype)
-        y = F.conv2d(x, self.conv.weight * sign.view(-1, 1, 1, 1), padding=1)
-        scale, shift = self.norm.coefficients(y, weight * sign, support)
+        sign = 1 - 2 * (self.norm.weight < 0).to(x.dtype)
+        filters = self.conv.weight * sign.view(-1, 1, 1, 1)
+        y = F.conv2d(x, filters, padding=1)
+        statistics = conv_var_mean(x[:support], filters) if self.few_channels else var_mean(y[:support])
+        scale, shift = self.norm.coefficients(statistics, self.norm.weight * sign)
         return F.relu(F.max_pool2d(y, 2) * _per_channel(scale) + _per_channel(shift))
 
 

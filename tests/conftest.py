@@ -10,6 +10,7 @@ import torch
 
 from fewshot_asam.data.images import Dataset, ImageSet
 
+torch.set_num_threads(1)  # the problems are small, and the tests run in as many processes as there are cores
 REAL_DATA = Path(os.environ.get("FEWSHOT_ASAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

@@ -1,1 +1,53 @@
 """Datasets: one file each, all of one type, resident on the device."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from pathlib import Path
+
+import torch
+
+from fewshot_asam.data.images import Dataset, ImageSet
+from fewshot_asam.errors import FewShotError
+
+__all__ = ["DATASETS", "Dataset", "ImageSet", "load_dataset"]
+
+DATASETS = ("glyphs", "omniglot", "mini_imagenet", "folder")
+"""The names that `load_dataset` knows; each is a module of this package with a function `load(root, **options)`."""
+
+
+def load_dataset(
+    name: str, root: str | Path | None = None, *, device: torch.device | str = "cpu", **options: object
+) -> Dataset:
+    """The dataset of that name, on `device`.
+
+    **Arguments:**
+
+    - `name`: one of `DATASETS`.
+    - `root`: the folder its files are in.
+    - `device`: where its images are kept.
+    - `options`: what the dataset's own `load` accepts.
+
+    Raises `FewShotError` where the name or an option is unknown or the root is not a folder, and whatever the
+    dataset's own `load` does.
+    """
+    if name not in DATASETS:
+        raise FewShotError(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}{_nearest(name)}")
+    load = importlib.import_module(f"{__name__}.{name}").load
+    accepted = [option for option in inspect.signature(load).parameters if option != "root"]
+    for option in options:
+        if option not in accepted:
+            known = f"expected {', '.join(accepted)}" if accepted else "it has none"
+            raise FewShotError(f"dataset {name!r} has no option {option!r}; {known}")
+    folder = None if root is None else Path(root).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise FewShotError(f"root {folder} is not a folder; expected the one that the data of {name!r} is in")
+    dataset: Dataset = load(folder, **options)
+    return dataset.to(device)
+
+
+def _nearest(name: str) -> str:
+    matches = difflib.get_close_matches(name.lower(), DATASETS, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,280 @@
+"""Archives, images and downloads: what is read is right, and what cannot be read is named in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import re
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewshot_asam.data.archives import decode_image, fetch, list_tree, locate, open_zip, read_file, read_member
+from fewshot_asam.errors import FewShotError
+
+
+def line(*parts: str) -> str:
+    """A pattern for `pytest.raises`: one line that holds all of `parts`."""
+    return r"\A" + "".join(rf"(?=.*{re.escape(part)})" for part in parts) + r".*\Z"
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """The address of a web server on this machine that serves a folder."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def encode(pixels: np.ndarray, kind: str = "PNG", **settings: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    """A smooth uint8 `[40, 60, 3]` image whose corners differ."""
+    rows, columns = np.mgrid[0:40, 0:60]
+    return np.stack([rows * 6, columns * 4, 255 - rows * 3 - columns * 2], -1).astype(np.uint8)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "some.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/first.txt", b"first " * 100)
+        file.writestr("a/second.bin", np.random.default_rng(0).bytes(5000))
+    return path
+
+
+def test_locate_looks_in_the_root_first_and_then_in_its_subfolders(tmp_path: Path) -> None:
+    for name in ("sub/a.zip", "sub/b.zip", "b.zip", "other/c/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert locate(tmp_path, ["a.zip", "b.zip"], ["sub"]) == tmp_path / "b.zip"
+    assert locate(tmp_path, ["a.zip"], ["none", "sub"]) == tmp_path / "sub/a.zip"
+    assert locate(tmp_path, ["c.zip", "c"], ["sub", "other"]) == tmp_path / "other/c"
+    assert locate(tmp_path, ["a.zip"]) is None
+    assert locate(tmp_path / "none", ["a.zip"], ["sub"]) is None
+
+
+def test_members_are_read(archive: Path) -> None:
+    with open_zip(archive) as opened:
+        assert read_member(opened, "a/first.txt") == b"first " * 100
+        assert len(read_member(opened, "a/second.bin")) == 5000
+
+
+def test_a_member_that_is_not_there_is_named(archive: Path) -> None:
+    with open_zip(archive) as opened, pytest.raises(FewShotError, match=line(str(archive), "a/third.txt")):
+        read_member(opened, "a/third.txt")
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_what_is_no_zip_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "bad.zip"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FewShotError, match=line(str(path), "expected a complete zip archive")):
+        open_zip(path)
+
+
+def test_a_zip_cut_short_anywhere_is_named(archive: Path) -> None:
+    whole = archive.read_bytes()
+    for length in range(0, len(whole), 97):
+        archive.write_bytes(whole[:length])
+        with pytest.raises(FewShotError, match=line(str(archive), "complete zip archive")):
+            open_zip(archive)
+
+
+def test_a_zip_cut_short_while_open_is_named(archive: Path) -> None:
+    with open_zip(archive) as opened:
+        archive.write_bytes(archive.read_bytes()[:1000])
+        with pytest.raises(FewShotError, match=line(str(archive), "a/second.bin", "undamaged")):
+            read_member(opened, "a/second.bin")
+
+
+def test_any_flipped_byte_is_noticed_or_harmless(archive: Path) -> None:
+    """A flipped byte never surfaces as another exception nor as other content."""
+    whole = archive.read_bytes()
+    with open_zip(archive) as opened:
+        content = {name: read_member(opened, name) for name in opened.namelist()}
+    positions = [*range(100), *range(100, len(whole) - 300, 101), *range(len(whole) - 300, len(whole))]
+    noticed = []
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position] ^= 0xFF
+        archive.write_bytes(damaged)
+        try:
+            with open_zip(archive) as opened:
+                assert all(read_member(opened, name) == data for name, data in content.items())
+        except FewShotError as error:
+            noticed.append(str(error))
+    assert all(re.search(line(str(archive)), message) for message in noticed)
+    assert len(noticed) > len(positions) // 2
+
+
+def test_grey_and_colour_are_decoded_channels_first(photo: np.ndarray) -> None:
+    colour = decode_image(encode(photo), "x.png", "RGB", (40, 60))
+    assert colour.dtype == np.uint8
+    assert colour.flags.c_contiguous
+    np.testing.assert_array_equal(colour, photo.transpose(2, 0, 1))
+    grey = decode_image(encode(photo), "x.png", "L", (40, 60))
+    assert grey.shape == (1, 40, 60)
+    np.testing.assert_allclose(grey[0], photo @ [0.299, 0.587, 0.114], atol=1)
+
+
+def test_resizing_is_height_by_width_and_antialiased() -> None:
+    stripes = np.zeros((40, 60), np.uint8)
+    stripes[:, ::2] = 255
+    small = decode_image(encode(stripes), "x.png", "L", (10, 12))
+    assert small.shape == (1, 10, 12)
+    np.testing.assert_allclose(small, 127, atol=15)
+
+
+def test_jpeg_is_turned_upright(photo: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = encode(np.rot90(photo).copy(), "JPEG", quality=95, exif=exif)
+    np.testing.assert_allclose(decode_image(stored, "x.jpg", "RGB", (40, 60)), photo.transpose(2, 0, 1), atol=12)
+
+
+def test_transparency_is_laid_over_white() -> None:
+    ink = np.zeros((8, 8, 4), np.uint8)
+    ink[2:5, 2:5, 3] = 255
+    expected = np.full((8, 8), 255)
+    expected[2:5, 2:5] = 0
+    np.testing.assert_array_equal(decode_image(encode(ink), "x.png", "L", (8, 8))[0], expected)
+    palette = io.BytesIO()
+    indices = Image.fromarray(np.where(expected, 0, 1).astype(np.uint8), "L").convert("P")
+    indices.putpalette([9, 9, 9, 0, 0, 0])
+    indices.save(palette, "PNG", transparency=b"\x00\xff")
+    np.testing.assert_array_equal(decode_image(palette.getvalue(), "x.png", "L", (8, 8))[0], expected)
+
+
+def test_sixteen_bit_grey_is_scaled() -> None:
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    np.testing.assert_array_equal(decode_image(encode(ramp), "x.png", "L", (8, 8))[0], ramp // 256)
+
+
+def test_the_number_of_pixels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(np.zeros((100, 100), np.uint8))
+    for limit in (9_000, 1_000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(FewShotError, match=line("x.png", "10000 pixels")):
+            decode_image(data, "x.png", "L", (8, 8))
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_image_is_named(data: bytes) -> None:
+    with pytest.raises(FewShotError, match=line("some/x.png", "expected an undamaged PNG or JPEG")):
+        decode_image(data, "some/x.png", "L", (8, 8))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_damaged_image_raises_nothing_else(photo: np.ndarray, kind: str) -> None:
+    """Any cut and any flipped byte gives an image or the one error; a cut through the pixels gives the error."""
+    whole = encode(photo, kind)
+    messages = []
+    for position in range(0, len(whole), 2):
+        flipped = bytearray(whole)
+        flipped[position] ^= 0xFF
+        for data in (bytes(flipped), whole[:position]):
+            try:
+                assert decode_image(data, "x.bin", "RGB", (8, 8)).shape == (3, 8, 8)
+            except FewShotError as error:
+                messages.append(str(error))
+    assert all(re.search(line("x.bin", "expected"), message) for message in messages)
+    with pytest.raises(FewShotError, match=line("x.bin", "runcated")):
+        decode_image(whole[: -len(whole) // 3], "x.bin", "RGB", (8, 8))
+
+
+def test_trees_are_listed_sorted_and_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/1.png", "a/3.png", "a/.3.png", ".c/4.png", "a/d/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    listed = list_tree(tmp_path, "*/*.png")
+    assert list(listed) == ["a/3.png", "b/1.png", "b/2.png"]
+    assert listed["a/3.png"][0] == 7
+    assert read_file(tmp_path / "a/3.png") == b"a/3.png"
+    (tmp_path / "a/3.png").write_bytes(b"changed")
+    assert list_tree(tmp_path, "*/*.png") != listed
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FewShotError, match=line(str(tmp_path / "none.png"), "expected")):
+        read_file(tmp_path / "none.png")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.png").symlink_to(tmp_path / "none.png")
+    with pytest.raises(FewShotError, match=line(str(tmp_path / "a/x.png"), "expected")):
+        list_tree(tmp_path, "*/*")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A served file's address and its hash."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/data.bin").write_bytes(b"data " * 1000)
+    with serve(tmp_path / "site") as address:
+        yield f"{address}/data.bin", f"md5:{hashlib.md5(b'data ' * 1000).hexdigest()}"
+
+
+def test_a_download_is_kept(own_cache: Path, site: tuple[str, str], tmp_path: Path) -> None:
+    path = fetch(*site, "kept.bin")
+    assert path == own_cache / "downloads/kept.bin"
+    assert path.read_bytes() == b"data " * 1000
+    (tmp_path / "site/data.bin").unlink()
+    assert fetch(*site, "kept.bin") == path
+
+
+def test_a_damaged_download_is_fetched_anew(own_cache: Path, site: tuple[str, str]) -> None:
+    fetch(*site, "kept.bin").write_bytes(b"damaged")
+    assert fetch(*site, "kept.bin").read_bytes() == b"data " * 1000
+
+
+def test_a_download_may_have_no_published_hash(own_cache: Path, site: tuple[str, str]) -> None:
+    assert fetch(site[0], None, "kept.bin").stat().st_size == 5000
+
+
+def test_another_hash_is_named_and_nothing_kept(own_cache: Path, site: tuple[str, str]) -> None:
+    expected = "md5:" + "0" * 32
+    with pytest.raises(FewShotError, match=line("kept.bin", site[0], site[1][4:], expected, "--data-root")):
+        fetch(site[0], expected, "kept.bin")
+    assert list((own_cache / "downloads").iterdir()) == []
+
+
+def test_a_missing_page_is_named(own_cache: Path, site: tuple[str, str]) -> None:
+    with pytest.raises(FewShotError, match=line("kept.bin", f"{site[0]}.none", "404", site[1], "--data-root")):
+        fetch(f"{site[0]}.none", site[1], "kept.bin")
+
+
+def test_a_refused_connection_is_named(own_cache: Path, tmp_path: Path) -> None:
+    with serve(tmp_path) as address:
+        pass
+    with pytest.raises(FewShotError, match=line("kept.bin", address, "md5:12", "--data-root")):
+        fetch(f"{address}/data.bin", "md5:12", "kept.bin")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(own_cache: Path, site: tuple[str, str]) -> None:
+    own_cache.write_text("a file")
+    with pytest.raises(FewShotError, match=line("kept.bin", str(own_cache))):
+        fetch(*site, "kept.bin")

@@ -1,0 +1,203 @@
+"""A user's own image folder: what is read, how its classes are divided, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot_asam.data import folder
+from fewshot_asam.data.cache import SPLITS
+from fewshot_asam.data.images import Dataset
+from fewshot_asam.errors import FewShotError
+from test_archives import line
+
+SUFFIXES = ("png", "jpg", "jpeg", "PNG", "Jpg", "JPEG")
+
+
+def colour(klass: int, index: int) -> tuple[int, int, int]:
+    return 20 * klass, 30 * index, 200 - 15 * klass
+
+
+@pytest.fixture
+def root(tmp_path: Path, own_cache: Path) -> Path:
+    """Ten classes, class k of k % 3 + 1 plain images of various sizes and suffixes."""
+    for klass in range(10):
+        (tmp_path / "own" / f"class{klass}").mkdir(parents=True)
+        for index in range(klass % 3 + 1):
+            image = Image.new("RGB", (30 + klass, 20 + index), colour(klass, index))
+            image.save(tmp_path / "own" / f"class{klass}" / f"{index}.{SUFFIXES[(klass + index) % 6]}", quality=100)
+    (tmp_path / "own" / "readme.txt").write_text("not a class")
+    (tmp_path / "own" / ".thumbnails").mkdir()
+    (tmp_path / "own" / "class0" / "notes.txt").write_text("not an image")
+    (tmp_path / "own" / "class0" / ".hidden.png").write_text("not an image")
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    """A CSV that puts class 7 in val, 1 and 4 in test and the others in train."""
+    split = {7: "val", 1: "test", 4: "test"}
+    lines = "".join(f"class{klass},{split.get(klass, 'train')}\n" for klass in reversed(range(10)))
+    (tmp_path / "splits.csv").write_text("class,split\n" + lines)
+    return tmp_path / "splits.csv"
+
+
+def names(dataset: Dataset) -> list[tuple[str, ...]]:
+    return [getattr(dataset, split).names for split in SPLITS]
+
+
+def test_images_are_those_of_their_class(root: Path) -> None:
+    dataset = folder.load(root, image_size=16)
+    for split in SPLITS:
+        images = getattr(dataset, split)
+        assert images.shape == (3, 16, 16)
+        for name, start, count in zip(images.names, images.starts.tolist(), images.counts.tolist(), strict=True):
+            klass = int(name.removeprefix("class"))
+            assert count == klass % 3 + 1
+            for index in range(count):
+                expected = torch.tensor(colour(klass, index)).view(3, 1, 1).expand(3, 16, 16)
+                torch.testing.assert_close(images.images[start + index].long(), expected, rtol=0, atol=3)
+
+
+def test_images_are_squashed_and_antialiased(tmp_path: Path, own_cache: Path) -> None:
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:20, ::2] = 255
+    for klass in "abcde":
+        (tmp_path / "own" / klass).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "own" / klass / "x.png")
+    dataset = folder.load(tmp_path / "own", image_size=10, channels=1)
+    assert dataset.train.images.shape == (3, 1, 10, 10)
+    image = dataset.train.images[0, 0].numpy().astype(int)
+    np.testing.assert_allclose(image[:4], 127, atol=15)
+    np.testing.assert_allclose(image[6:], 0, atol=2)
+
+
+def test_classes_are_divided_by_fractions_and_seed(root: Path) -> None:
+    first, again, other = (names(folder.load(root, image_size=4, seed=seed)) for seed in (0, 0, 1))
+    assert [len(part) for part in first] == [6, 2, 2]
+    assert sorted(sum(first, ())) == [f"class{klass}" for klass in range(10)]
+    assert all(list(part) == sorted(part) for part in first)
+    assert first == again != other
+    thirds = names(folder.load(root, image_size=4, fractions=(0.3, 0.3, 0.4)))
+    assert [len(part) for part in thirds] == [3, 3, 4]
+
+
+def test_the_global_generator_is_left_alone(root: Path) -> None:
+    before = torch.get_rng_state()
+    folder.load(root, image_size=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("prefix", ["", "\ufeff"])
+def test_classes_are_divided_by_a_csv(root: Path, splits: Path, prefix: str) -> None:
+    splits.write_text(prefix + splits.read_text().replace("\n", " \r\n").replace(",", ", ") + "\n\n", encoding="utf-8")
+    expected = [tuple(f"class{klass}" for klass in part) for part in ((0, 2, 3, 5, 6, 8, 9), (7,), (1, 4))]
+    assert names(folder.load(root, image_size=4, split_csv=splits)) == expected
+    assert names(folder.load(root, image_size=4, split_csv=str(splits))) == expected
+
+
+def test_the_second_load_is_from_the_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = folder.load(root, image_size=4)
+    monkeypatch.setattr(folder, "_read", None)
+    assert torch.equal(folder.load(root, image_size=4).train.images, first.train.images)
+
+
+@pytest.mark.parametrize("change", ["content", "new", "size", "channels", "seed", "csv"])
+def test_whatever_changes_is_not_from_the_cache(root: Path, splits: Path, change: str) -> None:
+    first = folder.load(root, image_size=4)
+    settings: dict[str, object] = {"image_size": 4}
+    if change == "content":
+        for file in root.glob("*/0.*"):
+            Image.new("L", (5, 5), 77).save(file)
+    elif change == "new":
+        for klass in range(10):
+            Image.new("L", (5, 5), 77).save(root / f"class{klass}" / "new.png")
+    else:
+        settings |= {"size": {"image_size": 5}, "channels": {"channels": 1}, "seed": {"seed": 5}}.get(
+            change, {"split_csv": splits}
+        )
+    second = folder.load(root, **settings)
+    assert any(not torch.equal(getattr(first, split).images, getattr(second, split).images) for split in SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"image_size": 0}, "image_size is 0"),
+        ({"channels": 2}, "channels is 2; expected 1 (grey) or 3 (RGB)"),
+        ({"fractions": (0.5, 0.5, 0.5)}, "fractions are (0.5, 0.5, 0.5)"),
+        ({"fractions": (1.0, 0.0, 0.0)}, "three positive shares"),
+        ({"fractions": (0.5, 0.5)}, "fractions are (0.5, 0.5)"),
+        ({"fractions": (float("nan"), 0.5, 0.5)}, "fractions are (nan"),
+        ({"fractions": (0.9, 0.05, 0.05)}, "train 9, val 1, test 0 classes; expected at least one each; add classes"),
+    ],
+)
+def test_bad_settings_are_named(root: Path, settings: dict[str, object], said: str) -> None:
+    with pytest.raises(FewShotError, match=line(said)):
+        folder.load(root, **settings)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("class,split\n", "", "line 1 is 'class9,train'; expected the header 'class,split'"),
+        ("class,split", "name,split", "line 1 is 'name,split'"),
+        ("class9,train", "class10,train", "line 2: there is no class folder 'class10'"),
+        ("class8,train", "class9,train", "line 3 repeats class 'class9'"),
+        ("class8,train", "class8,training", "line 3: split 'training' is unknown; expected train, val, test"),
+        ("class8,train", "class8", "line 3 has 1 fields"),
+        ("class8,train", "class8,train,3", "line 3 has 3 fields"),
+        ("class8,train\n", "", "does not list class8"),
+        ("class7,val", "class7,train", "gives splits of train 8, val 0, test 2 classes"),
+        ("class7,val", 'class7,"val', "line"),
+    ],
+)
+def test_a_bad_csv_is_named_with_its_line(root: Path, splits: Path, old: str, new: str, said: str) -> None:
+    splits.write_text(splits.read_text().replace(old, new))
+    with pytest.raises(FewShotError, match=line(str(splits), said)):
+        folder.load(root, split_csv=splits)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", None])
+def test_what_is_no_csv_is_named(root: Path, splits: Path, content: bytes | None) -> None:
+    splits.unlink()
+    if content is not None:
+        splits.write_bytes(content)
+    with pytest.raises(FewShotError, match=line(str(splits), "class,split")):
+        folder.load(root, split_csv=splits)
+
+
+def test_a_missing_root_is_named(root: Path) -> None:
+    with pytest.raises(FewShotError, match=line("no root", "--data-root")):
+        folder.load()
+    for path in (root / "none", root / "readme.txt"):
+        with pytest.raises(FewShotError, match=line(str(path), "not a folder")):
+            folder.load(path)
+
+
+def test_an_empty_root_is_named(root: Path) -> None:
+    with pytest.raises(FewShotError, match=line(str(root / "class0"), "has no subfolders")):
+        folder.load(root / "class0")
+
+
+def test_classes_without_images_are_named(root: Path) -> None:
+    (root / "class3/nested").mkdir()
+    next((root / "class3").glob("0.*")).rename(root / "class3/nested/0.png")
+    (root / "empty").mkdir()
+    with pytest.raises(FewShotError, match=line(str(root), "without images: class3, empty;", ".jpeg")):
+        folder.load(root)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_an_unreadable_image_is_named(root: Path, content: bytes | None) -> None:
+    file = root / "class3" / "bad.png"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(FewShotError, match=line(str(file), "expected")):
+        folder.load(root)

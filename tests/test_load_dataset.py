@@ -1,0 +1,146 @@
+"""The dispatcher: which loader a name means, what it is given, and what is said of unknown names and options."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from fewshot_asam.data import DATASETS, Dataset, ImageSet, load_dataset, omniglot
+from fewshot_asam.errors import FewShotError
+from test_archives import line, serve
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tiny: Dataset) -> list[tuple[object, ...]]:
+    """The calls that reach a stand-in for the glyphs loader."""
+    made: list[tuple[object, ...]] = []
+
+    def load(root: Path | None = None, *, seed: int = 0, faces: int = 1) -> Dataset:
+        made.append((root, seed, faces))
+        return tiny
+
+    monkeypatch.setitem(sys.modules, "fewshot_asam.data.glyphs", SimpleNamespace(load=load))
+    return made
+
+
+def test_root_and_options_are_handed_on(calls: list[tuple[object, ...]], tmp_path: Path, tiny: Dataset) -> None:
+    assert isinstance(load_dataset("glyphs"), Dataset)
+    load_dataset("glyphs", tmp_path, seed=3)
+    load_dataset("glyphs", str(tmp_path), faces=2)
+    assert calls == [(None, 0, 1), (tmp_path, 3, 1), (tmp_path, 0, 2)]
+
+
+def test_the_home_folder_may_be_a_tilde(
+    calls: list[tuple[object, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    load_dataset("glyphs", "~/data")
+    assert calls == [(tmp_path / "data", 0, 1)]
+
+
+def test_images_are_put_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = SimpleNamespace(to=lambda device: f"moved to {device}")
+    monkeypatch.setitem(sys.modules, "fewshot_asam.data.glyphs", SimpleNamespace(load=lambda root: loaded))
+    assert load_dataset("glyphs") == "moved to cpu"
+    assert load_dataset("glyphs", device="cuda:1") == "moved to cuda:1"
+
+
+def test_an_own_folder_is_loaded(tmp_path: Path, own_cache: Path) -> None:
+    for klass in "abcde":
+        (tmp_path / "own" / klass).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "own" / klass / "x.png")
+    dataset = load_dataset("folder", tmp_path / "own", image_size=7, channels=1)
+    assert isinstance(dataset.train, ImageSet)
+    assert dataset.train.shape == (1, 7, 7)
+    assert dataset.name == "folder"
+
+
+def test_omniglot_is_downloaded_where_no_root_is_given(
+    real_data: Path, own_cache: Path, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {part: (real_data / "omniglot" / f"{part}.zip").read_bytes() for part in omniglot.HASHES}
+    built: list[dict[str, Path]] = []
+    monkeypatch.setattr(
+        omniglot, "HASHES", {part: f"md5:{hashlib.md5(data).hexdigest()}" for part, data in files.items()}
+    )
+    monkeypatch.setattr(omniglot, "_build", lambda sources: built.append(sources) or tiny)
+    monkeypatch.setattr(omniglot, "_check_dataset", lambda dataset: None)
+    with serve(real_data / "omniglot") as address:
+        monkeypatch.setattr(omniglot, "URL", address)
+        load_dataset("omniglot")
+    load_dataset("omniglot")
+    assert built == [{part: own_cache / "downloads" / f"{part}.zip" for part in files}]
+    assert {part: path.read_bytes() for part, path in built[0].items()} == files
+
+
+def test_a_failed_download_of_omniglot_is_named(
+    real_data: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repacked archives have other hashes than the official ones; there is nothing in a folder `none`."""
+    said = ("images_background.zip", "expected hash md5:68d2efa1b9178cc56df9314c21c6e718", "--data-root")
+    with serve(real_data / "omniglot") as address:
+        for url, cause in ((address, "does not match"), (f"{address}/none", "404")):
+            monkeypatch.setattr(omniglot, "URL", url)
+            with pytest.raises(FewShotError, match=line(url, cause, *said)):
+                load_dataset("omniglot")
+    with pytest.raises(FewShotError, match=line(address, *said)):
+        load_dataset("omniglot")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("mini-imagenet", "mini_imagenet"), ("Omniglot", "omniglot"), ("omniglott", "omniglot")]
+)
+def test_an_unknown_name_gets_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(FewShotError, match=line(repr(name), f"did you mean {nearest!r}?", *DATASETS)):
+        load_dataset(name)
+
+
+def test_a_name_like_no_other_gets_no_suggestion() -> None:
+    with pytest.raises(FewShotError, match=line("'cifar'", *DATASETS)) as caught:
+        load_dataset("cifar")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_module_that_is_no_dataset_is_unknown() -> None:
+    with pytest.raises(FewShotError, match=line("'cache'")):
+        load_dataset("cache")
+
+
+def test_an_unknown_option_is_named_with_those_accepted(tmp_path: Path) -> None:
+    with pytest.raises(
+        FewShotError, match=line("'folder'", "'colour'", "image_size, channels, seed, fractions, split_csv")
+    ):
+        load_dataset("folder", tmp_path, seed=1, colour=True)
+    with pytest.raises(FewShotError, match=line("'omniglot'", "'seed'", "it has none")):
+        load_dataset("omniglot", tmp_path, seed=1)
+
+
+def test_a_root_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(FewShotError, match=line(str(root), "not a folder")):
+            load_dataset("omniglot", root)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_dataset_has_a_loader(name: str) -> None:
+    load = importlib.import_module(f"fewshot_asam.data.{name}").load
+    root, *options = inspect.signature(load).parameters.values()
+    assert root.name == "root"
+    assert root.default is None
+    assert all(option.kind is inspect.Parameter.KEYWORD_ONLY for option in options)
+
+
+def test_loaders_are_imported_only_when_asked_for() -> None:
+    code = "import sys, fewshot_asam.data; print([m for m in ('h5py', 'PIL', 'pooch') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
