@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,14 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote, on the CPU; raises `FewShotError` naming a file that is missing or damaged."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle protocol that torch.save does not write
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FewShotError(f"{path} does not exist; there is nothing to resume there") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise FewShotError(f"{path} is damaged ({str(error).splitlines()[0]}); expected a training state") from error
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FewShotError(f"{path} is damaged ({first}); expected a training state") from error
     if not isinstance(state, dict):
         raise FewShotError(f"{path} holds a {type(state).__name__}; expected a training state")
     return state

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
 from fewshot_asam.data import Dataset, load_dataset
 from fewshot_asam.engine import EngineName
@@ -186,12 +187,11 @@ def from_yaml(path: Path) -> TrainConfig:
         raise FewShotError(f"{path} does not exist; expected the folder of a run of train_maml") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise FewShotError(f"{path} is not a YAML file ({str(error).splitlines()[0]})") from error
-    known = {field.name for field in fields(TrainConfig)}
-    if not isinstance(plain, dict) or not set(plain) <= known:
-        raise FewShotError(f"{path} does not hold the settings of a run; expected {', '.join(sorted(known))}")
-    for name in ("data_root", "split_csv", "output_dir"):
-        plain[name] = Path(plain[name]) if plain.get(name) else None
+    if not isinstance(plain, dict):
+        raise FewShotError(f"{path} does not hold the settings of a run; expected names and values")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
     try:
-        return TrainConfig(**plain)
-    except TypeError as error:
-        raise FewShotError(f"{path} holds a setting of the wrong type ({error})") from error
+        return TrainConfig(**parser.parse_object(plain).as_dict())
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise FewShotError(f"{path} does not hold the settings of a run ({' '.join(str(error).split())})") from error

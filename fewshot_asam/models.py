@@ -190,8 +190,18 @@ def require_stateless(model: nn.Module) -> None:
         if getattr(layer, "running_mean", None) is not None:
             raise FewShotError(
                 f"layer {name!r} ({type(layer).__name__}) keeps running statistics, which adaptation would leak from "
-                "task to task; expected norm layers on batch statistics: pass track_running_stats=False or use TaskNorm"
+                "task to task; expected norm layers on batch statistics: pass track_running_stats=False to them, or "
+                "the model to fewshot_asam.models.drop_running_statistics"
             )
+
+
+def drop_running_statistics(model: nn.Module) -> nn.Module:
+    """Makes every norm layer of `model` use the statistics of its batch alone, in place; returns the model."""
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    return model
 
 
 def _checked(image_shape: tuple[int, int, int], hidden: int) -> tuple[int, int, int]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from peers import import_learn2learn, import_torchmeta
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.interop import episodes_from_learn2learn, episodes_from_torchmeta
+from peers import import_learn2learn, import_torchmeta
 
 CLASSES, IMAGES, TASKS, WAYS, SHOTS, QUERIES = 6, 8, 3, 4, 2, 3
 SHAPE = (1, 4, 5)

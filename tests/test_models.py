@@ -87,7 +87,7 @@ def test_inductive_prediction_depends_on_the_support_set_alone(kind) -> None:
 
 
 def test_numbers_of_parameters() -> None:
-    """Conv4 of 64 filters on Omniglot has 111,936 in its convolutions and norms, without the dead biases, and a head."""
+    """Of convolutions without their dead biases, norms and head."""
     convolutions = 64 * 9 + 3 * 64 * 64 * 9 + 4 * 2 * 64
     assert sum(p.numel() for p in Conv4(20, (1, 28, 28), 64).parameters()) == convolutions + 64 * 20 + 20
     assert Conv4(5, (3, 84, 84), 32).head.in_features == 32 * 5 * 5

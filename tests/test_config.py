@@ -1,0 +1,119 @@
+"""Settings: what they refuse, how they are written and read, and the shipped protocol files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewshot_asam import FewShotError
+from fewshot_asam.cli import train_maml
+from fewshot_asam.config import TrainConfig, build_learner, from_yaml, resolve_device, to_yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PROTOCOL = {
+    ("omniglot", 5, 1): (32, 1, 0.4),
+    ("omniglot", 5, 5): (32, 1, 0.4),
+    ("omniglot", 20, 1): (16, 5, 0.1),
+    ("omniglot", 20, 5): (16, 5, 0.1),
+    ("mini_imagenet", 5, 1): (4, 5, 0.1),
+    ("mini_imagenet", 5, 5): (2, 5, 0.1),
+}
+"""Tasks a meta-batch, inner steps and inner learning rate of each row of the protocol."""
+
+
+@pytest.mark.parametrize("rule", ["maml", "sharp_maml_low", "agnostic_sam"])
+@pytest.mark.parametrize("row", PROTOCOL)
+def test_there_is_a_file_for_each_row_of_the_protocol(row: tuple[str, int, int], rule: str) -> None:
+    dataset, ways, shots = row
+    file = CONFIGS / f"{dataset}_{ways}w{shots}s_{rule}.yaml"
+    config, resume = train_maml._settings(["--config", str(file)], TrainConfig())
+    assert not resume
+    assert (config.dataset, config.ways, config.shots, config.inner) == (*row, rule)
+    assert (config.meta_batch_size, config.inner_steps, config.inner_lr) == PROTOCOL[row]
+    assert (config.hidden, config.queries, config.iterations, config.meta_lr) == (64, 15, 60_000, 1e-3)
+    assert (config.rho, config.first_order, config.norm) == (5e-4, False, "transductive")
+
+
+def test_there_is_no_other_file() -> None:
+    assert len(list(CONFIGS.iterdir())) == 3 * len(PROTOCOL)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_flag_overrides_the_file_wherever_it_stands(order: int) -> None:
+    words = [["--config", str(CONFIGS / "omniglot_20w1s_maml.yaml")], ["--ways", "7", "--inner-lr=0.3"]]
+    config, _ = train_maml._settings(words[order] + words[1 - order], TrainConfig())
+    assert (config.ways, config.inner_lr, config.inner_steps) == (7, 0.3, 5)
+
+
+def test_settings_come_back_from_yaml(tmp_path: Path) -> None:
+    config = TrainConfig(inner="maml", rho1=0.1, data_root=Path("data"), clip_grad=1.0, first_order=True)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "does not hold the settings of a run"),
+        ("colour: red", "does not hold the settings of a run"),
+        ("a: [", "is not a YAML file"),
+        ("ways: many", "ways"),
+        ("data_root: 3", "data_root"),
+        ("!!python/object/apply:os.system ['true']", "is not a YAML file"),
+    ],
+)
+def test_a_broken_settings_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(FewShotError, match=message) as raised:
+        from_yaml(tmp_path / "config.yaml")
+    assert "config.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["ways", "shots", "queries", "iterations", "meta_batch_size", "inner_steps", "hidden"])
+def test_counts_are_positive(name: str) -> None:
+    with pytest.raises(FewShotError, match=f"{name} is 0; expected at least 1"):
+        replace(TrainConfig(), **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"meta_lr": 0.0}, "meta_lr is 0.0"),
+        ({"clip_grad": float("nan")}, "clip_grad is nan"),
+        ({"max_minutes": -1.0}, "max_minutes is -1.0"),
+        ({"test_tasks": 1}, "test_tasks is 1; expected at least 2"),
+        ({"validation": "split"}, "'split' with 1 shot"),
+        ({"seed": -1}, "seed is -1"),
+        ({"rho": -0.1}, "rho is -0.1"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(FewShotError, match=message):
+        TrainConfig(**settings)
+
+
+def test_every_switch_reaches_the_learner() -> None:
+    config = TrainConfig(
+        inner="agnostic_sam", rho=0.1, rho1=0.2, rho2=0.3, val_grad_point="current", val_norm="current", beta=0.5,
+        through_perturbation=False, adaptive=True, first_order=True, adapt="head", validation="augment",
+        norm="inductive", engine="loop", inner_lr=0.7,
+    )  # fmt: skip
+    learner = build_learner(config, (1, 28, 28))
+    rule = learner.rule
+    assert (rule.rho, rule.radii, rule.beta, rule.adaptive, rule.first_order) == (0.1, (0.2, 0.3), 0.5, True, True)
+    assert (rule.val_grad_point, rule.val_norm, rule.through_perturbation) == ("current", "current", False)
+    assert learner.lower.adapted == ("head.weight", "head.bias")
+    assert (learner.lower.validation, learner.lower.inductive, learner.lower.lr) == ("augment", True, 0.7)
+    assert learner.engine == "loop"
+
+
+def test_a_missing_gpu_is_said() -> None:
+    if torch.cuda.is_available():
+        assert resolve_device("auto").type == "cuda"
+        return
+    assert resolve_device("auto").type == "cpu"
+    with pytest.raises(FewShotError, match="no usable CUDA device"):
+        resolve_device("cuda")
