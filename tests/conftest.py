@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import fewshot_asam
 from fewshot_asam.data.images import Dataset, ImageSet
 
 torch.set_num_threads(1)  # the problems are small, and the tests run in as many processes as there are cores
 REAL_DATA = Path(os.environ.get("FEWSHOT_ASAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_report_header() -> str:
+    return (
+        f"fewshot_asam {fewshot_asam.__version__} from {Path(fewshot_asam.__file__).parent}, torch {torch.__version__}"
+    )
 
 
 @pytest.fixture(scope="session")
