@@ -41,7 +41,9 @@ class TrainConfig:
     image_size: int = 84
     """side of the images of dataset folder, in pixels"""
     split_csv: Path | None = None
-    """class,split table for dataset folder; without it classes are split by seed"""
+    """class,split table for dataset folder; without it classes are split by split_seed"""
+    split_seed: int = 0
+    """of the class split of dataset folder"""
 
     model: ModelName = "conv4"
     """network"""
@@ -121,8 +123,9 @@ class TrainConfig:
                 raise FewShotError(f"{name} is {getattr(self, name)}; expected at least 2, for an interval")
         if self.validation == "split" and self.shots < 2:
             raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
-        if not 0 <= self.seed < 2**63:
-            raise FewShotError(f"seed is {self.seed}; expected at least 0 and below 2**63")
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected at least 0 and below 2**63")
         self.rule  # noqa: B018  its own checks
 
     @property
@@ -156,7 +159,7 @@ def load_data(config: TrainConfig, device: torch.device) -> Dataset:
     """The run's dataset, resident on `device`."""
     options: dict[str, Any] = {}
     if config.dataset == "folder":
-        options = {"image_size": config.image_size, "split_csv": config.split_csv, "seed": config.seed}
+        options = {"image_size": config.image_size, "split_csv": config.split_csv, "seed": config.split_seed}
     return load_dataset(config.dataset, config.data_root, device=device, **options)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fewshot_asam import engine as engines
 from fewshot_asam import inner
@@ -37,9 +38,9 @@ class Network:
     model: nn.Module
     params: Params
 
-    def __call__(self, x: Tensor, *, support: Tensor | None = None) -> Tensor:
-        """Logits of `x [n, ...]`; `support` images alone give the norm's statistics if given (inductive)."""
-        return engines.predict(self.model, self.params, x, support)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the model returns for these arguments."""
+        return functional_call(self.model, self.params, args, kwargs)  # type: ignore[no-any-return]
 
 
 Closure = Callable[[Network], Tensor]
@@ -57,11 +58,16 @@ class Task:
         self.params = params
         self._memory: Params | None = None
 
-    def __call__(self, x: Tensor, *, support: Tensor | None = None) -> Tensor:
-        """Logits of `x [n, ...]`; an inductive learner needs the `support` images, whose statistics the norm uses."""
-        if self._lower.inductive and support is None:
+    def __call__(self, *args: Any, support: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """What the adapted model returns for these arguments.
+
+        An inductive learner is called as `task(x, support=images)`: the norm uses the statistics of those images.
+        """
+        if not self._lower.inductive:
+            return Network(self._lower.model, self.params)(*args, **kwargs)
+        if support is None:
             raise FewShotError("an inductive learner predicts with the support set's statistics; pass support=images")
-        return Network(self._lower.model, self.params)(x, support=support if self._lower.inductive else None)
+        return engines.predict(self._lower.model, self.params, args[0], support)
 
     def adapt(self, loss: Closure | Tensor, steps: int = 1, *, validation: Closure | None = None) -> Task:
         """`steps` lower-level steps, in place.

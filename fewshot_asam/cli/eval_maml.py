@@ -48,6 +48,8 @@ class EvalConfig:
 
 SAME_TASKS = ("dataset", "ways", "shots", "queries")
 """Settings that runs must share to be tested on the same tasks."""
+SAME_FOLDER = ("data_root", "image_size", "split_csv", "split_seed")
+"""What they must share besides, where the images are of a folder of one's own."""
 OVERRIDES = ("inner", "inner_steps", "inner_lr", "data_root")
 
 
@@ -61,11 +63,11 @@ def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, Tr
 def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:
     (first, expected), *others = runs.items()
     for folder, config in others:
-        for name in SAME_TASKS:
+        for name in SAME_TASKS + (SAME_FOLDER if expected.dataset == "folder" else ()):
             if getattr(config, name) != getattr(expected, name):
                 raise FewShotError(
                     f"{first} has {name} {getattr(expected, name)} and {folder} {getattr(config, name)}; runs that are "
-                    "compared must share " + ", ".join(SAME_TASKS)
+                    "compared must share it"
                 )
 
 
