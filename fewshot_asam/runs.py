@@ -123,7 +123,7 @@ def _series(rows: Iterable[Row], name: str) -> tuple[list[int], list[float]]:
 
 
 def _smoothed(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """A centred moving average over a tenth of the curve."""
-    half = max(1, len(values) // 20)
+    """A centred moving average over a fortieth of the curve."""
+    half = max(1, len(values) // 80)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return steps, [sum(window) / len(window) for window in windows]
