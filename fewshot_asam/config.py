@@ -86,10 +86,10 @@ class TrainConfig:
     """stop training after so many minutes, whatever is left of the iterations"""
     meta_batch_size: int = 4
     """tasks in a meta-batch, T"""
-    meta_lr: float = 1e-3
+    meta_lr: float = 2e-3
     """learning rate of Adam at the upper level"""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """course of meta_lr; cosine falls to 0 at the last iteration"""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """course of meta_lr; cosine falls to 0 at the last iteration (raise iterations on resume only with constant)"""
     clip_grad: float | None = None
     """largest norm of the meta-gradient"""
     validate_every: int = 100

@@ -15,7 +15,7 @@ from fewshot_asam import inner
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.inner import Gradient, Loss, Rule
-from fewshot_asam.models import batch_norm_layers
+from fewshot_asam.models import unvectorisable_layers
 from fewshot_asam.perturb import Params
 from fewshot_asam.validation import Validation, lower_level_sets
 
@@ -68,16 +68,16 @@ def choose(engine: EngineName, model: nn.Module, device: torch.device, side: int
     """
     if engine not in get_args(EngineName):
         raise FewShotError(f"engine is {engine!r}; expected one of {', '.join(get_args(EngineName))}")
-    unsafe = batch_norm_layers(model)
+    unsafe = unvectorisable_layers(model)
     if engine == "vmap" and unsafe:
         raise FewShotError(
-            f"layer {unsafe[0]!r} is built on F.batch_norm, whose second-order gradients are wrong under vmap; "
+            f"the second-order gradients of layer {unsafe[0]!r} ({_kind(model, unsafe[0])}) are wrong under vmap; "
             "use engine 'loop', or fewshot_asam.models.TaskNorm in its place"
         )
     if engine != "auto":
         return Choice(engine, "as asked")
     if unsafe:
-        return Choice("loop", f"layer {unsafe[0]!r} is built on F.batch_norm, which vmap differentiates wrongly")
+        return Choice("loop", f"vmap differentiates layer {unsafe[0]!r} ({_kind(model, unsafe[0])}) wrongly")
     if device.type != "cpu":
         return Choice("vmap", f"one task would not fill the {device.type} device")
     if side <= LARGEST_VECTORISED_SIDE:
@@ -139,6 +139,10 @@ def predict(model: nn.Module, params: Params, x: Tensor, support: Tensor | None 
         return functional_call(model, params, (x,))  # type: ignore[no-any-return]
     both = functional_call(model, params, (torch.cat([support, x]),), {"support": len(support)})
     return both[len(support) :]  # type: ignore[no-any-return]
+
+
+def _kind(model: nn.Module, layer: str) -> str:
+    return type(model.get_submodule(layer)).__name__
 
 
 def _choice(lower: LowerLevel, episodes: Episodes, engine: EngineName) -> Choice:

@@ -179,9 +179,13 @@ def norm_layers(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
 
 
-def batch_norm_layers(model: nn.Module) -> list[str]:
-    """Names of the layers built on `F.batch_norm`, which `vmap` differentiates wrongly (see `TaskNorm`)."""
-    return [name for name, layer in model.named_modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+def unvectorisable_layers(model: nn.Module) -> list[str]:
+    """Names of the layers whose second-order gradients are wrong under `vmap`: batch, instance and layer norm.
+
+    Group norm and RMS norm are right. A model that calls `F.batch_norm` or `F.layer_norm` itself is not seen.
+    """
+    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
+    return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
 
 
 def require_stateless(model: nn.Module) -> None:

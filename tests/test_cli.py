@@ -19,7 +19,7 @@ from conftest import make_images
 QUICK = [
     *("--dataset", "folder", "--image-size", "16", "--ways", "3", "--shots", "1", "--queries", "2", "--hidden", "4"),
     *("--iterations", "12", "--meta-batch-size", "2", "--checkpoint-every", "4", "--validate-every", "4"),
-    *("--validate-tasks", "10", "--test-tasks", "30"),
+    *("--validate-tasks", "10", "--test-tasks", "30", "--schedule", "constant"),
 ]
 SUMMARY = {
     *("test_accuracy", "test_ci95", "test_tasks", "ways", "shots", "queries", "norm", "inner", "rho", "dataset"),

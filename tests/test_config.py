@@ -33,7 +33,8 @@ def test_there_is_a_file_for_each_row_of_the_protocol(row: tuple[str, int, int],
     assert not resume
     assert (config.dataset, config.ways, config.shots, config.inner) == (*row, rule)
     assert (config.meta_batch_size, config.inner_steps, config.inner_lr) == PROTOCOL[row]
-    assert (config.hidden, config.queries, config.iterations, config.meta_lr) == (64, 15, 60_000, 1e-3)
+    assert (config.hidden, config.queries, config.iterations) == (64, 15, 60_000)
+    assert (config.meta_lr, config.schedule) == (1e-3, "constant")
     assert (config.rho, config.first_order, config.norm) == (5e-4, False, "transductive")
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from fewshot_asam import FewShotError
+from fewshot_asam import engine as engines
 from fewshot_asam.inner import Rule
 from fewshot_asam.meta import MetaLearner, Norm
 from fewshot_asam.models import build_model
@@ -138,12 +140,22 @@ def test_identity_5_for_resnet12(name: str) -> None:
     assert worst < EXACT
 
 
-@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm([4, 7, 7])], ids=["group", "layer"])
+def with_norm(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), norm, nn.Softplus(), nn.Flatten(), nn.Linear(4 * 49, 3)).double()
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.RMSNorm([4, 7, 7])], ids=["group", "rms"])
 def test_identity_5_for_a_users_norm(norm: nn.Module) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2), norm, nn.Softplus(), nn.Flatten(), nn.Linear(4 * 49, 3)
-    ).double()
-    assert batched_against_loop(model, RULES["agnostic_sam"], 2) < EXACT
+    assert batched_against_loop(with_norm(norm), RULES["agnostic_sam"], 2) < EXACT
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4, track_running_stats=False), nn.LayerNorm([4, 7, 7])])
+def test_norms_that_are_not_vectorised_would_be_wrong(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, PyTorch has mended them and `unvectorisable_layers` can let them go."""
+    with pytest.raises(FewShotError, match="second-order gradients of layer '1'"):
+        batched_against_loop(with_norm(norm), MAML, 2)
+    monkeypatch.setattr(engines, "unvectorisable_layers", lambda model: [])
+    assert batched_against_loop(with_norm(norm), MAML, 2) > 1e-7
 
 
 def batched_against_loop(model: nn.Module, rule: Rule, steps: int, **options: str) -> float:

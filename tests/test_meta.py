@@ -115,7 +115,7 @@ def test_a_batch_norm_without_running_statistics_runs_one_by_one() -> None:
 
     assert choose("auto", network(), torch.device("cpu"), 28).name == "loop"
     assert choose("auto", network(), torch.device("cuda"), 28).name == "loop"
-    with pytest.raises(FewShotError, match=r"layer '1' is built on F.batch_norm.*use engine 'loop'"):
+    with pytest.raises(FewShotError, match=r"layer '1' \(BatchNorm2d\) are wrong under vmap; use engine 'loop'"):
         choose("vmap", network(), torch.device("cpu"), 28)
 
 
