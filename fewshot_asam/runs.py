@@ -56,9 +56,14 @@ def write_summary(folder: Path, summary: Row) -> None:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The rows of `metrics.jsonl`, in order; none where there is no such file."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The rows of `metrics.jsonl`, in order, up to one that a killed process left unfinished; none without a file."""
+    path, rows = folder / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 class MetricsLog:

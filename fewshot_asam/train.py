@@ -89,11 +89,12 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 
 def summary_line(summary: dict[str, Any]) -> str:
     """An accuracy with everything it must not be quoted without."""
+    radius = "" if summary["inner"] == "maml" else f" of rho {summary['rho']:g}"
     steps = f"{summary['inner_steps']} step{'s' if summary['inner_steps'] > 1 else ''} of {summary['inner_lr']:g}"
     return (
         f"{Interval(summary['test_accuracy'], summary['test_ci95'])} ({summary['test_tasks']} tasks, "
         f"{summary['ways']}-way {summary['shots']}-shot, {summary['queries']} queries a class, {summary['norm']} norm, "
-        f"{summary['inner']}, {steps})"
+        f"{summary['inner']}{radius}, {steps})"
     )
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import make_images
+from fewshot_asam.runs import read_metrics
 
 QUICK = [
     *("--dataset", "folder", "--image-size", "16", "--ways", "3", "--shots", "1", "--queries", "2", "--hidden", "4"),
@@ -102,7 +103,7 @@ def test_several_runs_are_compared_on_the_same_tasks(trained: dict[str, Path]) -
 
 def test_another_way_to_adapt_is_said(trained: dict[str, Path]) -> None:
     done = run("eval_maml", trained["maml"], "--tasks", 20, "--inner", "agnostic_sam", "--inner-steps", 3)
-    assert "agnostic_sam, 3 steps of 0.4), NOT as trained (inner maml, inner_steps 1)" in done.stdout
+    assert "agnostic_sam of rho 0.0005, 3 steps of 0.4), NOT as trained (inner maml, inner_steps 1)" in done.stdout
 
 
 def test_a_resumed_run_ends_where_one_that_never_stopped_does(images: Path, trained: dict[str, Path], tmp_path: Path):
@@ -119,6 +120,11 @@ def test_a_resumed_run_ends_where_one_that_never_stopped_does(images: Path, trai
     for row in rows[0] + rows[1]:
         row.pop("seconds", None)
     assert rows[0] == rows[1]
+
+
+def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "train_loss": 2.0}\n{"iteration": 2, "tra')
+    assert read_metrics(tmp_path) == [{"iteration": 1, "train_loss": 2.0}]
 
 
 def test_a_run_is_not_overwritten_and_a_changed_setting_is_refused(images: Path, trained: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import docstring_parser
+import torch
 from jsonargparse import ArgumentParser
 
 from fewshot_asam.errors import FewShotError
@@ -60,6 +61,12 @@ def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) 
         command(sys.argv[1:] if argv is None else argv)
     except FewShotError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError:
+        print("error: the GPU's memory is full; lower meta_batch_size, hidden or inner_steps", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; mend that and go on with --resume", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; train_maml --resume --output-dir RUN goes on from the last checkpoint", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Glyphs, the dataset that needs no download: the scripts of the world as matplotlib's fonts draw them, warped by hand.
+"""Glyphs, the dataset that needs no download: characters of many scripts in matplotlib's fonts, warped as hands do.
 
 A class is a character; its drawings differ in face, weight, slant, stroke width, and in an affine and an elastic
 warp. A script lies wholly in one split, and no two classes look alike, in whichever script they are.
@@ -45,12 +45,15 @@ FACES = {
     "STIXGeneral": 0.04,
     "STIXGeneralItalic": 0.04,
 }
-EM = 96
+EM = 96  # pixels
+LEAST = 30  # pixels of the longer side of a glyph that is more than a dot
 CANVAS = 64  # pixels of an undeformed glyph's square
 FILL = 56  # pixels of its longer side there
 ALIKE = 0.92  # cosine between two blurred glyphs from which they are lookalikes
-MARGIN = 0.04  # share of the square that stays paper at each edge
 
+# The most of each random choice: radians, shear, log of the stretch, and lengths where half the square is 1. `shift` is
+# a share of the room that is left, and `gain` darkens the thin strokes that 28 pixels would make grey.
+MARGIN = 0.04  # stays paper at each edge
 WARP = {"angle": 0.2, "slant": 0.3, "stretch": 0.18, "shrink": 0.2, "shift": 0.8, "elastic": 0.15, "gain": 1.3}
 
 
@@ -66,7 +69,7 @@ def load(root: Path | None = None, *, seed: int = 0) -> Dataset:
     - `seed`: of all random choices.
     """
     key = fingerprint(
-        map(_font_file, FACES), DRAWINGS, SIDE, SCRIPTS, SYMBOLS, FACES, EM, CANVAS, FILL, ALIKE, WARP, seed
+        map(_font_file, FACES), DRAWINGS, SIDE, SCRIPTS, SYMBOLS, FACES, EM, LEAST, CANVAS, FILL, ALIKE, WARP, seed
     )
     return cached("glyphs", key, lambda: _build(distinct(), seed))
 
@@ -86,7 +89,7 @@ class Glyph:
 
 
 def candidates() -> list[Glyph]:
-    """The characters of `SCRIPTS` that the faces have, script by script; accented and composed ones left out."""
+    """The characters of `SCRIPTS` that the faces have, script by script, but for composed, accented and tiny ones."""
     coverage = {face: FT2Font(str(_font_file(face))).get_charmap().keys() for face in FACES}
     order = {script: rank for rank, script in enumerate(s for split in SPLITS for s in SCRIPTS[split])}
     glyphs = [
@@ -94,7 +97,8 @@ def candidates() -> list[Glyph]:
         for code in sorted(set().union(*coverage.values()))
         if (script := _script(chr(code))) in order
     ]
-    return sorted(glyphs, key=lambda glyph: order[glyph.script])
+    sizable = (glyph for glyph in glyphs if max(_ink(chr(glyph.code), glyph.faces[0]).size) >= LEAST)
+    return sorted(sizable, key=lambda glyph: order[glyph.script])
 
 
 def _script(character: str) -> str | None:
@@ -143,16 +147,22 @@ def _font(face: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(_font_file(face)), EM, layout_engine=ImageFont.Layout.BASIC)
 
 
+def _ink(character: str, face: str, pen: int = 0) -> Image.Image:
+    """The character at `EM` pixels, gone over with a pen that reaches `pen` pixels outwards; cropped to its ink."""
+    page = Image.new("L", (3 * EM, 3 * EM))
+    ImageDraw.Draw(page).text((EM, EM), character, fill=255, font=_font(face), stroke_width=pen)
+    return page.crop(page.getbbox())
+
+
 def _render(character: str, face: str, pen: float) -> Tensor:
-    font = _font(face)
-    left, top, right, bottom = font.getbbox(character)
-    pen = round(pen * max(right - left, bottom - top))
-    left, top, right, bottom = font.getbbox(character, stroke_width=pen)
-    width, height = int(right - left), int(bottom - top)
-    glyph = Image.new("L", (width, height))
-    ImageDraw.Draw(glyph).text((-left, -top), character, fill=255, font=font, stroke_width=pen)
-    scale = FILL / max(width, height)
-    glyph = glyph.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
+    """uint8 `[CANVAS, CANVAS]`: the character in the middle, its longer side `FILL`, and the pen a share of that."""
+    glyph = _ink(character, face)
+    width = round(pen * max(glyph.size))
+    if width:
+        glyph = _ink(character, face, width)
+    scale = FILL / max(glyph.size)
+    size = max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))
+    glyph = glyph.resize(size, Image.Resampling.BICUBIC)
     canvas = Image.new("L", (CANVAS, CANVAS))
     canvas.paste(glyph, ((CANVAS - glyph.width) // 2, (CANVAS - glyph.height) // 2))
     return torch.from_numpy(np.array(canvas))
