@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +19,15 @@ from fewshot_asam.errors import FewShotError
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary file beside `path`, then puts it in place: whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    scratch = Path(name)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(scratch)
         with scratch.open("rb") as written:
             os.fsync(written.fileno())
         scratch.replace(path)
-    except OSError as error:
-        raise FewShotError(f"{path} cannot be written ({error}); what stood there before is intact") from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have their own for a full disk
+        reason = " ".join(str(error).split())
+        raise FewShotError(f"{path} cannot be written ({reason}); what stood there before is intact") from error
     finally:
         scratch.unlink(missing_ok=True)
 

@@ -10,9 +10,9 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fewshot_asam.data import Dataset, load_dataset
+from fewshot_asam.data import DATASETS, Dataset, load_dataset
 from fewshot_asam.engine import EngineName
-from fewshot_asam.errors import FewShotError
+from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Rule, RuleName
 from fewshot_asam.meta import Adapt, MetaLearner, Norm
 from fewshot_asam.models import ModelName, build_model
@@ -44,6 +44,10 @@ class TrainConfig:
     """class,split table for dataset folder; without it classes are split by split_seed"""
     split_seed: int = 0
     """of the class split of dataset folder"""
+    split_fractions: tuple[float, float, float] = (0.64, 0.16, 0.2)
+    """parts of dataset folder's classes for training, validation and test"""
+    channels: Literal[1, 3] = 3
+    """of the images of dataset folder: 1 for grey, 3 for colour"""
 
     model: ModelName = "conv4"
     """network"""
@@ -63,8 +67,9 @@ class TrainConfig:
     rho2: float | None = None
     """Agnostic-SAM's radius on the validation gradient; rho if not given"""
     validation: Validation = "duplicate"
-    """lower-level validation set: the support set again, an augmented copy, or a held-out part of it (with duplicate,
-    Agnostic-SAM differs from Sharp-MAML_low of radius rho only by a term of order rho squared)"""
+    """lower-level validation set: the support set again, an augmented copy, or a held-out part of it, on which no
+    rule then trains (with duplicate, Agnostic-SAM differs from Sharp-MAML_low of radius rho only by a term of order
+    rho squared)"""
     val_grad_point: Literal["perturbed", "current"] = "perturbed"
     """where the validation gradient of equation (5) is taken"""
     val_norm: Literal["own", "current"] = "own"
@@ -74,7 +79,7 @@ class TrainConfig:
     beta: float = 0.0
     """momentum of the validation gradient over the inner steps of a task"""
     adaptive: bool = False
-    """ASAM: scale each parameter's perturbation by its magnitude"""
+    """ASAM: scale each parameter's perturbation by its magnitude (its radius is about ten times SAM's)"""
     adapt: Adapt = "all"
     """parameters that the inner loop changes: all (MAML), head (ANIL), body (BOIL), no_norm"""
     first_order: bool = False
@@ -111,13 +116,21 @@ class TrainConfig:
     """run folder; if not given, a new one under runs/"""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None and field.default is not None:
+                raise FewShotError(f"{field.name} is null; expected a value such as {field.default}")
+        require_one_of("dataset", self.dataset, DATASETS)
+        require_one_of("schedule", self.schedule, ("constant", "cosine"))
+        require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise FewShotError(f"{name} is {getattr(self, name)}; expected at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST_COUNT:
+                raise FewShotError(
+                    f"{name} is {getattr(self, name)}; expected at least 1 and at most {LARGEST_COUNT:,}"
+                )
         for name in ("meta_lr", "clip_grad", "max_minutes"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise FewShotError(f"{name} is {value}; expected a finite number above 0")
+            if value is not None and not 0 < value < LARGEST_RATE:
+                raise FewShotError(f"{name} is {value}; expected a number above 0 and below {LARGEST_RATE:g}")
         for name in ("validate_tasks", "test_tasks"):
             if getattr(self, name) < 2:
                 raise FewShotError(f"{name} is {getattr(self, name)}; expected at least 2, for an interval")
@@ -135,6 +148,15 @@ class TrainConfig:
         return Rule(self.inner, **{name: getattr(self, name) for name in names})
 
     @property
+    def rule_text(self) -> str:
+        """The rule with its radius and every switch that is not as usual."""
+        usual = TrainConfig()
+        names = [*[field.name for field in fields(Rule)][2:], "validation", "adapt"]
+        changed = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != getattr(usual, name)]
+        radius = "" if self.inner == "maml" else f" of rho {self.rho:g}"
+        return ", ".join([self.inner + radius, *changed])
+
+    @property
     def title(self) -> str:
         """The run in a few words, fit for a file name."""
         return f"{self.dataset}-{self.ways}w{self.shots}s-{self.inner}-seed{self.seed}"
@@ -145,6 +167,11 @@ COUNTS = (
     *("iterations", "meta_batch_size", "validate_every", "checkpoint_every"),
 )
 """Settings that count something, of which there must be one at least."""
+
+
+LARGEST_COUNT = 10**9
+LARGEST_RATE = 1e30
+"""What fits a single-precision number with room to spare."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -160,6 +187,7 @@ def load_data(config: TrainConfig, device: torch.device) -> Dataset:
     options: dict[str, Any] = {}
     if config.dataset == "folder":
         options = {"image_size": config.image_size, "split_csv": config.split_csv, "seed": config.split_seed}
+        options |= {"fractions": config.split_fractions, "channels": config.channels}
     return load_dataset(config.dataset, config.data_root, device=device, **options)
 
 
@@ -178,23 +206,27 @@ def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> Met
 
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The settings as numbers, strings and lists."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
 
 
 def from_yaml(path: Path) -> TrainConfig:
     """The settings that `to_yaml` wrote; raises `FewShotError` naming a file that is not of that kind."""
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FewShotError(f"{path} does not exist; expected the folder of a run of train_maml") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise FewShotError(f"{path} is not a YAML file ({str(error).splitlines()[0]})") from error
-    if not isinstance(plain, dict):
+    if not isinstance(read, dict):
         raise FewShotError(f"{path} does not hold the settings of a run; expected names and values")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     try:
-        return TrainConfig(**parser.parse_object(plain).as_dict())
-    except (ArgumentError, TypeError, ValueError) as error:
+        return TrainConfig(**parser.parse_object(read).as_dict())
+    except (ArgumentError, FewShotError, TypeError, ValueError) as error:
         raise FewShotError(f"{path} does not hold the settings of a run ({' '.join(str(error).split())})") from error

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from fewshot_asam import inner
 from fewshot_asam.episodes import Episodes
-from fewshot_asam.errors import FewShotError
+from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Gradient, Loss, Rule
 from fewshot_asam.models import unvectorisable_layers
 from fewshot_asam.perturb import Params
@@ -66,8 +66,7 @@ def choose(engine: EngineName, model: nn.Module, device: torch.device, side: int
 
     Raises `FewShotError` where `vmap` is asked for and would compute wrong second-order gradients.
     """
-    if engine not in get_args(EngineName):
-        raise FewShotError(f"engine is {engine!r}; expected one of {', '.join(get_args(EngineName))}")
+    require_one_of("engine", engine, get_args(EngineName))
     unsafe = unvectorisable_layers(model)
     if engine == "vmap" and unsafe:
         raise FewShotError(

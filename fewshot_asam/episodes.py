@@ -67,7 +67,8 @@ class EpisodeSampler:
     """Draws episodes from an `ImageSet`: `N` classes without replacement, of each `K + Q` different images.
 
     The labels `0..N-1` are given to the drawn classes in random order. One generator on the images' device makes every
-    draw, so the same seed gives the same stream there, and `state_dict` is all that is needed to go on with it.
+    draw, so the same seed gives the same stream there, and `state_dict` is all that is needed to go on with it. Random
+    numbers for the tasks' augmentation come from a second one, `augmentation`, so that using them changes no task.
 
     **Arguments:**
 
@@ -84,7 +85,9 @@ class EpisodeSampler:
         self._starts = images.starts
         self._longest = int(images.counts.max())
         self._even = bool((images.counts == self._longest).all())
-        self.generator = torch.Generator(images.images.device).manual_seed(seed)
+        device = images.images.device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.augmentation = torch.Generator(device).manual_seed(seed + 1)
 
     def draw(self, tasks: int) -> tuple[Tensor, Tensor]:
         """The classes drawn, int64 `[T, N]`, and the indices of their images, int64 `[T, N, K+Q]`."""
@@ -112,12 +115,13 @@ class EpisodeSampler:
         return pixels.to(torch.get_default_dtype()) / 255, labels.expand(len(index), -1).contiguous()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator's state: the stream goes on from here."""
-        return {"generator": self.generator.get_state()}
+        """The generators' states: the stream goes on from here."""
+        return {"generator": self.generator.get_state(), "augmentation": self.augmentation.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a state that `state_dict` gave."""
         self.generator.set_state(state["generator"].cpu())
+        self.augmentation.set_state(state["augmentation"].cpu())
 
 
 def _check(images: ImageSet, ways: int, shots: int, queries: int) -> None:

@@ -50,5 +50,5 @@ def evaluate(learner: MetaLearner, sampler: EpisodeSampler, tasks: int, steps: i
     with torch.no_grad():
         for start in range(0, tasks, TASKS_AT_ONCE):
             episodes = sampler.sample(min(TASKS_AT_ONCE, tasks - start))
-            accuracies.append(learner.meta_loss(episodes, steps, sampler.generator).accuracy)
+            accuracies.append(learner.meta_loss(episodes, steps, sampler.augmentation).accuracy)
     return torch.cat(accuracies).cpu()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewshot_asam import perturb
-from fewshot_asam.errors import FewShotError
+from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.perturb import Params
 
 Loss = Callable[[Params], Tensor]
@@ -49,9 +49,9 @@ class Rule:
     first_order: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("inner rule", self.name, get_args(RuleName))
-        _one_of("val_grad_point", self.val_grad_point, ("perturbed", "current"))
-        _one_of("val_norm", self.val_norm, ("own", "current"))
+        require_one_of("inner rule", self.name, get_args(RuleName))
+        require_one_of("val_grad_point", self.val_grad_point, ("perturbed", "current"))
+        require_one_of("val_norm", self.val_norm, ("own", "current"))
         for name in ("rho", "rho1", "rho2"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -64,11 +64,6 @@ class Rule:
         """Agnostic-SAM's `(rho1, rho2)`."""
         rho1 = 2 * self.rho if self.rho1 is None else self.rho1
         return rho1, self.rho if self.rho2 is None else self.rho2
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise FewShotError(f"{what} is {value!r}; expected one of {', '.join(known)}")
 
 
 def autograd_gradient(loss: Loss, params: Params) -> Params:

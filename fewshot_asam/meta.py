@@ -21,11 +21,11 @@ from fewshot_asam import engine as engines
 from fewshot_asam import inner
 from fewshot_asam.engine import EngineName, LowerLevel, MetaOutput
 from fewshot_asam.episodes import Episodes
-from fewshot_asam.errors import FewShotError
+from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Loss, Rule
 from fewshot_asam.models import norm_layers, require_stateless, takes_support
 from fewshot_asam.perturb import Params
-from fewshot_asam.validation import Validation, check_validation
+from fewshot_asam.validation import Validation
 
 Adapt = Literal["all", "head", "body", "no_norm"]
 Norm = Literal["transductive", "inductive"]
@@ -88,7 +88,7 @@ class Task:
             raise FewShotError(f"validation is {lower.validation!r}, but adapt was given no validation= closure")
         train_loss = self._loss(loss)
         val_loss = None if validation is None else self._loss(validation)
-        for _ in range(steps):
+        for _ in range(_checked(steps)):
             self.params, self._memory = inner.step(
                 lower.rule, self.params, self._memory, train_loss, val_loss, lower.lr, inner.autograd_gradient
             )
@@ -146,11 +146,11 @@ class MetaLearner(nn.Module):
     ) -> None:
         super().__init__()
         require_stateless(model)
-        check_validation(validation)
+        require_one_of("validation", validation, get_args(Validation))
+        require_one_of("norm", norm, get_args(Norm))
+        require_one_of("engine", engine, get_args(EngineName))
         if not 0 < lr < float("inf"):
             raise FewShotError(f"the inner learning rate is {lr}; expected a finite number above 0")
-        if norm not in get_args(Norm):
-            raise FewShotError(f"norm is {norm!r}; expected one of {', '.join(get_args(Norm))}")
         if norm == "inductive" and not takes_support(model):
             raise FewShotError(
                 f"{type(model).__name__}.forward takes no `support`, the number of images that give the statistics, "
@@ -239,8 +239,7 @@ class MetaAgnosticSAM(MetaLearner):
 
 def adapted_names(model: nn.Module, adapt: Adapt) -> tuple[str, ...]:
     """Names of the trainable parameters that the inner loop changes; see `MetaLearner`'s `adapt`."""
-    if adapt not in get_args(Adapt):
-        raise FewShotError(f"adapt is {adapt!r}; expected one of {', '.join(get_args(Adapt))}")
+    require_one_of("adapt", adapt, get_args(Adapt))
     names = [name for name, value in model.named_parameters() if value.requires_grad]
     owners = {name: name.rpartition(".")[0] for name in names}
     if not names:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_asam.errors import FewShotError
+from fewshot_asam.errors import FewShotError, require_one_of
 
 EPS = 1e-5
 """Added to the variance, as in `torch.nn.BatchNorm2d`."""
@@ -161,8 +161,7 @@ ModelName = Literal["conv4", "resnet12"]
 def build_model(name: ModelName, ways: int, image_shape: tuple[int, int, int], hidden: int, seed: int) -> nn.Module:
     """A `Conv4` or `ResNet12` whose initial weights depend on `seed` alone."""
     kinds = {"conv4": Conv4, "resnet12": ResNet12}
-    if name not in kinds:
-        raise FewShotError(f"model is {name!r}; expected one of {', '.join(kinds)}")
+    require_one_of("model", name, tuple(kinds))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kinds[name](ways, image_shape, hidden)

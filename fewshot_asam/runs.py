@@ -20,12 +20,14 @@ Row = dict[str, Any]
 
 
 def create(config: TrainConfig) -> Path:
-    """A new run folder with its `config.yaml`; raises `FewShotError` where one stands there already."""
+    """A new run folder with its `config.yaml`; raises `FewShotError` where there is something already."""
     folder = config.output_dir or _free(Path("runs"), config.title)
     if (folder / "config.yaml").exists():
         raise FewShotError(f"{folder} holds a run already; continue it with --resume, or choose another --output-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FewShotError(f"{folder} is not empty; choose a new --output-dir")
     except OSError as error:
         raise FewShotError(f"the run folder {folder} cannot be made ({error}); choose another --output-dir") from error
     write_text(folder / "config.yaml", configs.to_yaml(config))
@@ -60,9 +62,12 @@ def read_metrics(folder: Path) -> list[Row]:
     path, rows = folder / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or "iteration" not in row:
+            break
+        rows.append(row)
     return rows
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fewshot_asam import __version__, engine, runs
 from fewshot_asam.checkpoint import load_state, load_weights, save_state, save_weights
-from fewshot_asam.config import TrainConfig, build_learner, load_data, resolve_device
+from fewshot_asam.config import TrainConfig, build_learner, load_data, plain, resolve_device, to_yaml
 from fewshot_asam.data import Dataset
 from fewshot_asam.data.images import ImageSet
 from fewshot_asam.episodes import EpisodeSampler
@@ -63,12 +63,18 @@ class Trainer:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state that `state` gave."""
-        self.progress = Progress(**state["progress"])
-        self.learner.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.train_tasks.load_state_dict(state["train_tasks"])
+        """Go on from a state that `state` gave; raises `FewShotError` where it is of another run."""
+        try:
+            self.progress = Progress(**state["progress"])
+            self.learner.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.train_tasks.load_state_dict(state["train_tasks"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FewShotError(
+                f"{self.folder / 'state.pt'} is not of a run with these settings, this package ({__version__}) and "
+                f"this kind of device ({' '.join(str(error).split())})"
+            ) from error
 
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
@@ -83,18 +89,17 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     _announce(trainer, device)
     _fit(trainer)
     summary = _test(trainer, device)
-    print(f"test accuracy {summary_line(summary)}; see {trainer.folder / 'curves.png'}")
+    accuracy = Interval(summary["test_accuracy"], summary["test_ci95"])
+    print(f"test accuracy {result_text(config, accuracy, config.test_tasks)}; see {trainer.folder / 'curves.png'}")
     return summary
 
 
-def summary_line(summary: dict[str, Any]) -> str:
+def result_text(config: TrainConfig, accuracy: Interval, tasks: int) -> str:
     """An accuracy with everything it must not be quoted without."""
-    radius = "" if summary["inner"] == "maml" else f" of rho {summary['rho']:g}"
-    steps = f"{summary['inner_steps']} step{'s' if summary['inner_steps'] > 1 else ''} of {summary['inner_lr']:g}"
+    steps = f"{config.inner_steps} step{'s' if config.inner_steps > 1 else ''} of {config.inner_lr:g}"
     return (
-        f"{Interval(summary['test_accuracy'], summary['test_ci95'])} ({summary['test_tasks']} tasks, "
-        f"{summary['ways']}-way {summary['shots']}-shot, {summary['queries']} queries a class, {summary['norm']} norm, "
-        f"{summary['inner']}{radius}, {steps})"
+        f"{accuracy} ({tasks} tasks, {config.ways}-way {config.shots}-shot, {config.queries} queries a class, "
+        f"{config.norm} norm, {config.rule_text}, {steps})"
     )
 
 
@@ -113,8 +118,9 @@ def _trainer(config: TrainConfig, dataset: Dataset, device: torch.device, resume
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(config, i))
     folder = config.output_dir if resume and config.output_dir else runs.create(config)
     trainer = Trainer(config, folder, learner, dataset, train_tasks, optimizer, schedule)
-    if resume:
+    if resume and (folder / "state.pt").exists():
         trainer.load(load_state(folder / "state.pt"))
+    runs.write_text(folder / "config.yaml", to_yaml(config))
     return trainer
 
 
@@ -132,6 +138,10 @@ def _announce(trainer: Trainer, device: torch.device) -> None:
     print(f"{config.title} in {trainer.folder}: {config.model} of {size:,} parameters on {device}, {config.norm} norm")
     print(f"{config.dataset}: {classes} classes for training / validation / test")
     print(f"engine {choice.name}: {choice.reason}", flush=True)
+    if trainer.progress.iteration >= config.iterations:
+        print(f"all {config.iterations} iterations are done; --iterations can be raised where the schedule is constant")
+    elif _out_of_time(config, trainer.progress):
+        print(f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on", flush=True)
 
 
 def _fit(trainer: Trainer) -> None:
@@ -156,6 +166,8 @@ def _fit(trainer: Trainer) -> None:
                 save_weights(trainer.folder / "last.safetensors", trainer.learner.model)
                 save_state(trainer.folder / "state.pt", trainer.state())
             bar.update()
+        if not (trainer.folder / "best.safetensors").exists():
+            _validate(trainer, log)
 
 
 def _out_of_time(config: TrainConfig, progress: Progress) -> bool:
@@ -167,7 +179,7 @@ def _iterate(trainer: Trainer) -> tuple[float, float]:
     config, parameters = trainer.config, list(trainer.learner.parameters())
     episodes = trainer.train_tasks.sample(config.meta_batch_size)
     trainer.optimizer.zero_grad()
-    output = trainer.learner.meta_backward(episodes, config.inner_steps, trainer.train_tasks.generator)
+    output = trainer.learner.meta_backward(episodes, config.inner_steps, trainer.train_tasks.augmentation)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
     _require_finite(trainer, output.loss, norm)
     trainer.optimizer.step()
@@ -203,9 +215,10 @@ def _validate(trainer: Trainer, log: runs.MetricsLog) -> None:
     sampler = evaluation_sampler(config, trainer.dataset.val)
     result = interval(evaluate(trainer.learner, sampler, config.validate_tasks, config.inner_steps))
     log.add(progress.iteration, val_accuracy=result.mean, val_ci95=result.half_width)
-    if result.mean > progress.best_accuracy:
+    best = trainer.folder / "best.safetensors"
+    if result.mean > progress.best_accuracy or not best.exists():
         progress.best_accuracy, progress.best_iteration = result.mean, progress.iteration
-        save_weights(trainer.folder / "best.safetensors", trainer.learner.model)
+        save_weights(best, trainer.learner.model)
 
 
 def _test(trainer: Trainer, device: torch.device) -> dict[str, Any]:
@@ -213,12 +226,10 @@ def _test(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     load_weights(trainer.folder / "best.safetensors", trainer.learner.model)
     sampler = evaluation_sampler(config, trainer.dataset.test)
     result = interval(evaluate(trainer.learner, sampler, config.test_tasks, config.inner_steps))
-    names = ["ways", "shots", "queries", "norm", "inner", "inner_steps", "inner_lr", "rho", "dataset", "seed"]
     summary = {
+        **plain(config),
         "test_accuracy": result.mean,
         "test_ci95": result.half_width,
-        "test_tasks": config.test_tasks,
-        **{name: getattr(config, name) for name in names},
         "iterations": progress.iteration,
         "best_iteration": progress.best_iteration,
         "val_accuracy": progress.best_accuracy,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,6 @@ NOISE = 0.05
 """Standard deviation of the noise on an augmented image, in units of its range."""
 
 
-def check_validation(validation: str) -> None:
-    """Raises `FewShotError` for an unknown mode."""
-    if validation not in get_args(Validation):
-        raise FewShotError(f"validation is {validation!r}; expected one of {', '.join(get_args(Validation))}")
-
-
 def lower_level_sets(
     x: Tensor, y: Tensor, validation: Validation, generator: torch.Generator | None
 ) -> tuple[LabelledImages, LabelledImages | None]:
@@ -37,6 +31,8 @@ def lower_level_sets(
 
     - `x`, `y`: support images `[T, S, C, H, W]` and labels `[T, S]`.
     - `generator`: for `augment`, on the images' device.
+
+    Every rule trains on the first set: `split` leaves MAML and Sharp-MAML_low fewer shots too.
 
     **Returns:** `(x, y)` and, except for `duplicate`, `(x_v, y_v)`. `split` holds out a quarter of each class's shots,
     one at least (the paper's supervised form has `|B_v| = |B_t| / 4`).
@@ -64,8 +60,9 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _split(x: Tensor, y: Tensor) -> tuple[LabelledImages, LabelledImages]:
     ways = int(y.max()) + 1
-    shots, rest = divmod(y.shape[1], ways)
-    if shots < 2 or rest:
+    counts = F.one_hot(y, ways).sum(1)
+    shots = int(counts[0, 0])
+    if shots < 2 or bool((counts != shots).any()):
         raise FewShotError(
             f"validation 'split' holds out shots of each class, but {y.shape[1]} support images of {ways} classes were "
             "given; it needs the same number of shots for each class, 2 at least: use 'duplicate' or 'augment'"

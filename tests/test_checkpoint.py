@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,23 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path, write) -> None:
     with pytest.raises(FewShotError, match=r"state\.pt is damaged"):
         load_state(tmp_path / "state.pt")
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; safetensors and torch report it in their own ways."""
+    model = build_model("conv4", 3, SHAPE, 8, seed=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(FewShotError, match=r"w\.safetensors cannot be written"):
+            save_weights(tmp_path / "w.safetensors", model)
+        with pytest.raises(FewShotError, match=r"state\.pt cannot be written"):
+            save_state(tmp_path / "state.pt", {"model": model.state_dict()})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

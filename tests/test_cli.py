@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,41 @@ def test_a_resumed_run_ends_where_one_that_never_stopped_does(images: Path, trai
     for row in rows[0] + rows[1]:
         row.pop("seconds", None)
     assert rows[0] == rows[1]
+
+
+def test_a_run_that_never_saved_resumes_from_the_start(trained: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = (trained["maml"] / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(str(trained["maml"]), str(folder)))
+    done = run("train_maml", "--resume", "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(f / "last.safetensors") for f in (folder, trained["maml"]))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other run", "cosine"])
+def test_what_cannot_be_resumed_is_said(trained: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained["maml"], folder)
+    config, state = folder / "config.yaml", folder / "state.pt"
+    if damage == "cut":
+        state.write_bytes(state.read_bytes()[:100])
+        assert_one_line(run("train_maml", "--resume", "--output-dir", folder), "state.pt is damaged")
+    elif damage == "other run":
+        config.write_text(config.read_text().replace("hidden: 4", "hidden: 8"))
+        assert_one_line(run("train_maml", "--resume", "--output-dir", folder), "is not of a run with these settings")
+    else:
+        config.write_text(config.read_text().replace("schedule: constant", "schedule: cosine"))
+        done = run("train_maml", "--resume", "--output-dir", folder, "--iterations", 20)
+        assert_one_line(done, "iterations was 12 and is 20")
+
+
+def test_a_folder_with_other_files_is_left_alone(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("mine")
+    done = run("train_maml", *QUICK, "--data-root", images, "--output-dir", tmp_path)
+    assert_one_line(done, "is not empty")
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path: Path) -> None:

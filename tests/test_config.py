@@ -63,6 +63,8 @@ def test_settings_come_back_from_yaml(tmp_path: Path) -> None:
         ("a: [", "is not a YAML file"),
         ("ways: many", "ways"),
         ("data_root: 3", "data_root"),
+        ("ways: null", "ways"),
+        ("a: 2020-99-99", "is not a YAML file"),
         ("!!python/object/apply:os.system ['true']", "is not a YAML file"),
     ],
 )
@@ -88,6 +90,10 @@ def test_counts_are_positive(name: str) -> None:
         ({"test_tasks": 1}, "test_tasks is 1; expected at least 2"),
         ({"validation": "split"}, "'split' with 1 shot"),
         ({"seed": -1}, "seed is -1"),
+        ({"ways": None}, "ways is null"),
+        ({"schedule": "linear"}, "schedule is 'linear'; expected one of constant, cosine"),
+        ({"hidden": 10**30}, "at most 1,000,000,000"),
+        ({"meta_lr": 1e39}, "meta_lr is 1e"),
         ({"rho": -0.1}, "rho is -0.1"),
     ],
 )

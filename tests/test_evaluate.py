@@ -7,7 +7,7 @@ import torch
 from scipy.stats import norm
 
 from conftest import make_images
-from fewshot_asam import MAML, FewShotError
+from fewshot_asam import MAML, FewShotError, MetaAgnosticSAM
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.evaluate import TASKS_AT_ONCE, evaluate, interval, paired_difference
 from fewshot_asam.models import build_model
@@ -37,6 +37,15 @@ def test_too_few_or_other_tasks_are_refused() -> None:
         interval(torch.tensor([0.5]))
     with pytest.raises(FewShotError, match="3 and 2 tasks"):
         paired_difference(torch.zeros(3), torch.zeros(2))
+
+
+def test_augmented_learners_are_tested_on_the_same_tasks() -> None:
+    """Augmentation draws from a generator of its own: with a radius of 0 it changes nothing, task by task."""
+    model, images = build_model("conv4", 3, (1, 16, 16), 4, seed=0), make_images(12, 8, (1, 16, 16), 0)
+    learners = [MetaAgnosticSAM(model, 0.4, rho=0.0, validation=v) for v in ("duplicate", "augment")]
+    tasks = 3 * TASKS_AT_ONCE
+    found = [evaluate(learner, EpisodeSampler(images, 3, 1, 2, seed=5), tasks, 1) for learner in learners]
+    assert torch.allclose(*found)
 
 
 def test_evaluation_is_the_meta_loss_on_the_samplers_tasks() -> None:

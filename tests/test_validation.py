@@ -68,3 +68,5 @@ def test_split_needs_even_classes() -> None:
     x, y = numbered(1, 3, 2)
     with pytest.raises(FewShotError, match="5 support images of 3 classes"):
         lower_level_sets(x[:, :5], y[:, :5], "split", None)
+    with pytest.raises(FewShotError, match="same number of shots for each class"):
+        lower_level_sets(x, torch.tensor([[0, 0, 0, 1, 1, 2]]), "split", None)

@@ -23,7 +23,7 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import evaluate, interval, paired_difference
 from fewshot_asam.inner import RuleName
 from fewshot_asam.memory import keep_freed_memory
-from fewshot_asam.train import evaluation_sampler, summary_line
+from fewshot_asam.train import evaluation_sampler, result_text
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EvalConfig:
 
 SAME_TASKS = ("dataset", "ways", "shots", "queries")
 """Settings that runs must share to be tested on the same tasks."""
-SAME_FOLDER = ("data_root", "image_size", "split_csv", "split_seed")
+SAME_FOLDER = ("data_root", "image_size", "channels", "split_csv", "split_seed", "split_fractions")
 """What they must share besides, where the images are of a folder of one's own."""
 OVERRIDES = ("inner", "inner_steps", "inner_lr", "data_root")
 
@@ -79,8 +79,7 @@ def _accuracies(folder: str, config: TrainConfig, dataset: Dataset, test: EvalCo
 
 
 def _line(accuracies: Tensor, trained: TrainConfig, tested: TrainConfig) -> str:
-    mean, half_width = interval(accuracies)
-    line = summary_line({**vars(tested), "test_accuracy": mean, "test_ci95": half_width, "test_tasks": len(accuracies)})
+    line = result_text(tested, interval(accuracies), len(accuracies))
     changed = [name for name in OVERRIDES[:3] if getattr(trained, name) != getattr(tested, name)]
     differences = ", ".join(f"{name} {getattr(trained, name)}" for name in changed)
     return line + (f", NOT as trained ({differences})" if changed else ", as trained")
@@ -95,6 +94,10 @@ def command(argv: Sequence[str]) -> None:
     test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})
     if test.tasks < 2:
         raise FewShotError(f"tasks is {test.tasks}; expected at least 2, for an interval")
+    if not 0 <= test.seed < 2**63:
+        raise FewShotError(f"seed is {test.seed}; expected at least 0 and below 2**63")
+    if len(set(given.runs)) != len(given.runs):
+        raise FewShotError("the same run was given twice; expected different ones")
     settings = {folder: _trained_and_tested(existing_run(folder), test) for folder in given.runs}
     tested = {folder: pair[1] for folder, pair in settings.items()}
     _require_same_tasks(tested)
@@ -111,7 +114,7 @@ def command(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
-    return run(command, argv)
+    return run(command, argv, "interrupted")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import docstring_parser
-import torch
 from jsonargparse import ArgumentParser
 
 from fewshot_asam.errors import FewShotError
@@ -54,24 +53,26 @@ def config_first(argv: Sequence[str]) -> list[str]:
     return front + rest
 
 
-def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) -> int:
+def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None, interrupted: str) -> int:
     """Calls `command` with the arguments and returns the exit status: 0, 2 for bad input, 130 where interrupted."""
     warnings.showwarning = _show_warning
     try:
         command(sys.argv[1:] if argv is None else argv)
-    except FewShotError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except torch.cuda.OutOfMemoryError:
-        print("error: the GPU's memory is full; lower meta_batch_size, hidden or inner_steps", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; mend that and go on with --resume", file=sys.stderr)
-        return 2
+    except (FewShotError, OSError) as error:
+        return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        return _fail("the memory is full; lower meta_batch_size, hidden, inner_steps or image_size")
     except KeyboardInterrupt:
-        print("interrupted; train_maml --resume --output-dir RUN goes on from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> Any:

@@ -19,7 +19,7 @@ from fewshot_asam.memory import keep_freed_memory
 from fewshot_asam.train import train
 
 FREE_TO_CHANGE = {"iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every"}
-"""Settings with which a run may be resumed although they differ."""
+"""Settings with which a run may be resumed although they differ; the iterations, if the schedule is constant."""
 
 
 def _parser(defaults: TrainConfig) -> Parser:
@@ -34,6 +34,8 @@ def _parser(defaults: TrainConfig) -> Parser:
 def _settings(argv: Sequence[str], defaults: TrainConfig) -> tuple[TrainConfig, bool]:
     given = parse(_parser(defaults), config_first(argv))
     values = {field.name: given[field.name] for field in fields(TrainConfig)}
+    for name in ("data_root", "split_csv"):
+        values[name] = values[name] and values[name].expanduser().absolute()
     return TrainConfig(**values), bool(given.resume)
 
 
@@ -43,7 +45,8 @@ def _resumed(argv: Sequence[str], folder: Path) -> TrainConfig:
     wanted, _ = _settings(argv, stored)
     for field in fields(TrainConfig):
         old, new = getattr(stored, field.name), getattr(wanted, field.name)
-        if old != new and field.name not in FREE_TO_CHANGE:
+        free = field.name in FREE_TO_CHANGE and not (field.name == "iterations" and stored.schedule == "cosine")
+        if old != new and not free:
             raise FewShotError(
                 f"{field.name} was {old} and is {new}, which would alter the resumed run; "
                 "leave it as it was, or start a new run"
@@ -64,7 +67,7 @@ def command(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
-    return run(command, argv)
+    return run(command, argv, "interrupted; train_maml --resume --output-dir RUN goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def cached(name: str, key: str, build: Callable[[], Dataset]) -> Dataset:
     dataset = build()
     try:
         _write(dataset, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         warnings.warn(f"{name} is not cached, as {folder.parent} cannot be written ({error})", stacklevel=2)
     return dataset
 
