@@ -10,7 +10,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fewshot_asam import config as configs
 from fewshot_asam.checkpoint import write_atomically
 from fewshot_asam.config import TrainConfig
 from fewshot_asam.errors import FewShotError
@@ -20,7 +19,7 @@ Row = dict[str, Any]
 
 
 def create(config: TrainConfig) -> Path:
-    """A new run folder with its `config.yaml`; raises `FewShotError` where there is something already."""
+    """A new, empty run folder; raises `FewShotError` where there is something already."""
     folder = config.output_dir or _free(Path("runs"), config.title)
     if (folder / "config.yaml").exists():
         raise FewShotError(f"{folder} holds a run already; continue it with --resume, or choose another --output-dir")
@@ -30,7 +29,6 @@ def create(config: TrainConfig) -> Path:
             raise FewShotError(f"{folder} is not empty; choose a new --output-dir")
     except OSError as error:
         raise FewShotError(f"the run folder {folder} cannot be made ({error}); choose another --output-dir") from error
-    write_text(folder / "config.yaml", configs.to_yaml(config))
     return folder
 
 

@@ -110,7 +110,6 @@ def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUA
 
 def _trainer(config: TrainConfig, dataset: Dataset, device: torch.device, resume: bool) -> Trainer:
     learner = build_learner(config, dataset.train.shape).to(device)
-    engine.choose(config.engine, learner.model, device, dataset.train.shape[-1])
     train_tasks = EpisodeSampler(dataset.train, config.ways, config.shots, config.queries, seed=config.seed)
     for images in (dataset.val, dataset.test):
         evaluation_sampler(config, images)
