@@ -16,8 +16,8 @@ import pooch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fewshot_asam.data.cache import cache_dir
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.paths import cache_dir
 
 TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""

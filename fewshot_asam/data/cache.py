@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import pooch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.paths import cache_dir
 
 SPLITS = ("train", "val", "test")
-
-
-def cache_dir() -> Path:
-    """Where decoded and downloaded data is kept: `$FEWSHOT_ASAM_CACHE`, or the user's cache folder."""
-    return Path(os.environ.get("FEWSHOT_ASAM_CACHE") or pooch.os_cache("fewshot_asam"))
 
 
 def fingerprint(files: Iterable[Path], *settings: object) -> str:

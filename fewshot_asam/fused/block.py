@@ -1,0 +1,197 @@
+"""The block as autograd functions: a 3x3 convolution, and the tail that `tail.cpp` computes.
+
+Each is a pair, the function and its gradient, whose own gradient is written out as well. That is what MAML needs;
+derivatives beyond the second go through PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fewshot_asam.fused.build import library
+
+KINDS = {torch.float32: "float", torch.float64: "double"}
+NHWC = torch.channels_last
+
+_enabled = ContextVar("fused blocks", default=True)
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Blocks run in plain PyTorch within."""
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def applies(x: Tensor) -> bool:
+    """Whether `conv_block` can take images `x`: on a CPU, outside `torch.func`, `torch.compile` and autocast."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in KINDS
+        and min(x.shape[-2:]) >= 2
+        and _enabled.get()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+        and library() is not None
+    )
+
+
+def conv_block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """3x3 convolution of padding 1, batch norm on batch statistics, ReLU and 2x2 max-pooling.
+
+    **Arguments:**
+
+    - `x`: `[n, C, H, W]`; `weight`: `[D, C, 3, 3]`; `gamma`, `beta`: the norm's weight and bias `[D]`.
+
+    **Returns:** `[n, D, H // 2, W // 2]`, channels-last in memory, as are all tensors inside.
+    """
+    y: Tensor = _Conv.apply(_channels_last(x), weight)
+    return _Tail.apply(_channels_last(y), gamma, beta, eps)  # type: ignore[no-any-return]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The same images channels-last; strides of one channel fit every format and are made to say so."""
+    if x.shape[1] > 1 or x.requires_grad:
+        return x.contiguous(memory_format=NHWC)
+    x = x.contiguous()
+    return x.as_strided(x.shape, (x.shape[2] * x.shape[3], 1, x.shape[3], 1))
+
+
+def _conv(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1)
+
+
+def _conv_backward(gy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> list[Tensor | None]:
+    """Gradients of `_conv` with respect to `x` and `weight`."""
+    ones, zeros = [1, 1], [0, 0]
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        gy, x, weight, None, ones, ones, ones, False, zeros, 1, [*wanted, False]
+    )[:2]
+
+
+class _Conv(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _conv(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        return _ConvBackward.apply(gy, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+class _ConvBackward(Function):
+    """`(gy, x, weight) -> (gx, gweight)`, each None where it is not wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Any:
+        ctx.save_for_backward(gy, x, weight)
+        ctx.set_materialize_grads(False)
+        return tuple(_conv_backward(gy, x, weight, wanted))
+
+    @staticmethod
+    def backward(ctx: Any, hx: Tensor | None, hweight: Tensor | None) -> Any:
+        gy, x, weight = ctx.saved_tensors
+        _, wants_x, wants_weight, _ = ctx.needs_input_grad
+        ggy = gx = gweight = None
+        if hweight is not None:
+            ggy = _Conv.apply(x, hweight)
+            if wants_x:
+                gx = _ConvBackward.apply(gy, x, hweight, (True, False))[0]
+        if hx is not None:
+            from_x = _Conv.apply(_channels_last(hx), weight)
+            ggy = from_x if ggy is None else ggy + from_x
+            if wants_weight:
+                gweight = _ConvBackward.apply(gy, hx, weight, (False, True))[1]
+        return ggy, gx, gweight, None
+
+
+class _Tail(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        best, out, place = _pooled(y), _pooled(y), _pooled(y, torch.uint8)
+        statistics = torch.empty(2, len(gamma), dtype=torch.float64)
+        _call("tail_forward", y, eps, y, gamma.contiguous(), beta.contiguous(), best, out, place, *statistics)
+        ctx.save_for_backward(y, gamma, beta, best, place, statistics)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return *_TailBackward.apply(_channels_last(g), *ctx.saved_tensors, ctx.eps), None
+
+
+class _TailBackward(Function):
+    """`(g, y, gamma, beta, ...) -> (gy, ggamma, gbeta)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, y: Tensor, gamma: Tensor, beta: Tensor, best: Tensor, place: Tensor, statistics: Tensor,
+        eps: float,
+    ) -> Any:  # fmt: skip
+        gy, sums = torch.empty_like(y), torch.empty_like(statistics)
+        _call("tail_backward", y, g, place, best, y, gamma.contiguous(), *statistics, gy, sums)
+        ctx.save_for_backward(g, y, gamma, beta, best, place, statistics, sums)
+        ctx.eps = eps
+        gbeta, ggamma = sums.to(y.dtype)
+        return gy, ggamma, gbeta
+
+    @staticmethod
+    def backward(ctx: Any, hy: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
+        g, y, gamma, beta, best, place, statistics, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable((hy, hgamma, hbeta), g, y, gamma, beta, ctx.eps)
+        hy = _channels_last(hy)
+        gg, ggamma, gy = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(y)
+        given = (hgamma.contiguous(), hbeta.contiguous(), g, place, best, y, gamma.contiguous(), *statistics, sums)
+        _call("tail_double_backward", y, hy, *given, gg, ggamma, gy)
+        return gg, gy, ggamma, None, None, None, None, None
+
+
+def plain_tail(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """What `_Tail` computes, as PyTorch would write it."""
+    var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0, keepdim=True)
+    normal = (y - mean) * torch.rsqrt(var + eps)
+    return F.max_pool2d(F.relu(normal * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)), 2)
+
+
+def _differentiable(
+    cotangents: tuple[Tensor, ...], g: Tensor, y: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> Any:
+    """The gradient of `_TailBackward`, itself differentiable."""
+    given = [value if value.requires_grad else value.detach().requires_grad_() for value in (g, y, gamma, beta)]
+    inputs = [value.view_as(value) for value in given]  # so that no path from one to another is followed
+    g, y, gamma, beta = inputs
+    grads = torch.autograd.grad(plain_tail(y, gamma, beta, eps), (y, gamma, beta), g, create_graph=True)
+    found = torch.autograd.grad(grads, inputs, cotangents, create_graph=True, allow_unused=True)
+    return *found, None, None, None, None
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "height", "width", "channels", "threads")]
+
+
+def _call(name: str, y: Tensor, *arguments: Any) -> None:
+    """Calls a compiled function with the addresses of tensors; all of them are dense, 4-d ones channels-last."""
+    n, channels, height, width = y.shape
+    shape = _Shape(n, height, width, channels, torch.get_num_threads())
+    given = [ctypes.c_double(a) if isinstance(a, float) else ctypes.c_void_p(a.data_ptr()) for a in arguments]
+    getattr(library(), f"{name}_{KINDS[y.dtype]}")(ctypes.byref(shape), *given)
+
+
+def _pooled(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    n, channels, height, width = y.shape
+    return torch.empty((n, channels, height // 2, width // 2), dtype=dtype or y.dtype, memory_format=NHWC)
