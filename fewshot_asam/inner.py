@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from fewshot_asam.perturb import Params
 
 Loss = Callable[[Params], Tensor]
 Gradient = Callable[[Loss, Params], Params]
+Vectorise = Callable[[Callable[..., Params]], Callable[..., Params]]
 RuleName = Literal["maml", "sharp_maml_low", "agnostic_sam"]
 
 
@@ -84,28 +86,34 @@ def functional_gradient(loss: Loss, params: Params) -> Params:
     return grads
 
 
+def _of_one_task(function: Callable[..., Params]) -> Callable[..., Params]:
+    return function
+
+
 def step(
     rule: Rule,
     params: Params,
-    memory: Params | None,
+    memory: Params,
     train_loss: Loss,
     val_loss: Loss | None,
     lr: float,
     gradient: Gradient,
-) -> tuple[Params, Params | None]:
+    vectorise: Vectorise = _of_one_task,
+) -> tuple[Params, Params]:
     """One lower-level step: `theta' = theta - alpha * grad L_t(theta + perturbation)`.
 
     **Arguments:**
 
-    - `memory`: the momentum of the validation gradient that the previous step returned, None at first.
+    - `memory`: the momentum of the validation gradient that the previous step returned, empty at first.
     - `val_loss`: `L_v`; None where the validation set is a duplicate of the support set, which saves one gradient.
+    - `vectorise`: `torch.func.vmap` where all tensors have a leading dimension of tasks, since norms are a task's own.
 
     **Returns:** the new parameters and the new momentum.
     """
     point = params
     if rule.name != "maml":
         with _graph(rule.through_perturbation and not rule.first_order):
-            perturbation, memory = perturbed(rule, params, memory, train_loss, val_loss, gradient)
+            perturbation, memory = perturbed(rule, params, memory, train_loss, val_loss, gradient, vectorise)
         point = perturb.add(params, perturbation)
     with _graph(not rule.first_order):
         grad = gradient(train_loss, point)
@@ -113,30 +121,29 @@ def step(
 
 
 def perturbed(
-    rule: Rule, params: Params, memory: Params | None, train_loss: Loss, val_loss: Loss | None, gradient: Gradient
-) -> tuple[Params, Params | None]:
+    rule: Rule,
+    params: Params,
+    memory: Params,
+    train_loss: Loss,
+    val_loss: Loss | None,
+    gradient: Gradient,
+    vectorise: Vectorise = _of_one_task,
+) -> tuple[Params, Params]:
     """The perturbation of a sharpness-aware rule at `params`, and the new momentum."""
     train_grad = gradient(train_loss, params)
     if rule.name == "sharp_maml_low":
-        return perturb.sam(params, train_grad, rule.rho, adaptive=rule.adaptive), memory
+        return vectorise(partial(perturb.sam, rho=rule.rho, adaptive=rule.adaptive))(params, train_grad), memory
     rho1, rho2 = rule.radii
     current = train_grad if val_loss is None else gradient(val_loss, params)
     val_grad = current
     if rule.val_grad_point == "perturbed":
-        ascent = perturb.sam(params, current, rho2, adaptive=rule.adaptive)
+        ascent = vectorise(partial(perturb.sam, rho=rho2, adaptive=rule.adaptive))(params, current)
         val_grad = gradient(val_loss or train_loss, perturb.add(params, ascent))
     if rule.beta > 0:
         val_grad = memory = perturb.momentum(memory, val_grad, rule.beta)
-    perturbation = perturb.agnostic_sam(
-        params,
-        train_grad,
-        val_grad,
-        rho1,
-        rho2,
-        adaptive=rule.adaptive,
-        val_norm_of=current if rule.val_norm == "current" else None,
-    )
-    return perturbation, memory
+    measured = current if rule.val_norm == "current" else val_grad
+    difference = vectorise(partial(perturb.agnostic_sam, rho1=rho1, rho2=rho2, adaptive=rule.adaptive))
+    return difference(params, train_grad, val_grad, measured), memory
 
 
 def adapt(
@@ -149,7 +156,7 @@ def adapt(
     gradient: Gradient,
 ) -> Params:
     """`steps` lower-level steps from `params`, the momentum starting afresh."""
-    memory: Params | None = None
+    memory: Params = {}
     for _ in range(steps):
         params, memory = step(rule, params, memory, train_loss, val_loss, lr, gradient)
     return params

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from fewshot_asam import engine as engines
 from fewshot_asam import inner
-from fewshot_asam.engine import EngineName, LowerLevel, MetaOutput
+from fewshot_asam.engine import Batch, EngineName, LowerLevel, MetaOutput, Way
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Loss, Rule
@@ -56,7 +56,7 @@ class Task:
     def __init__(self, lower: LowerLevel, params: Params) -> None:
         self._lower = lower
         self.params = params
-        self._memory: Params | None = None
+        self._memory: Params = {}
 
     def __call__(self, *args: Any, support: Tensor | None = None, **kwargs: Any) -> Tensor:
         """What the adapted model returns for these arguments.
@@ -128,7 +128,9 @@ class MetaLearner(nn.Module):
       choice), an `augment`ed copy, or a `split` of it. With `duplicate` Agnostic-SAM differs from Sharp-MAML_low of
       radius `rho` only by a term of order `rho**2`.
     - `norm`: `transductive` (queries are normalised together) or `inductive` (with the support set's statistics).
-    - `engine`: how `meta_loss` runs: `loop` over tasks, `vmap`, or `auto`.
+    - `engine`: how `meta_loss` runs: `loop` over tasks, `vmap`, or `auto`, which chooses by device and model.
+    - `compiled`: whether the inner gradient and the query loss are compiled by `torch.compile` for training.
+    - `recompute`: whether the backward pass runs each inner step anew, so that memory does not grow with the steps.
 
     Raises `FewShotError` for values out of range and for models that cannot be adapted so.
     """
@@ -143,6 +145,8 @@ class MetaLearner(nn.Module):
         validation: Validation = "duplicate",
         norm: Norm = "transductive",
         engine: EngineName = "auto",
+        compiled: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         require_stateless(model)
@@ -159,6 +163,8 @@ class MetaLearner(nn.Module):
         self.model = model
         self.norm = norm
         self.engine = engine
+        self.compiled = compiled
+        self.recompute = recompute
         self.lower = LowerLevel(model, rule, lr, adapted_names(model, adapt), validation, norm == "inductive")
 
     @property
@@ -186,11 +192,23 @@ class MetaLearner(nn.Module):
 
         **Returns:** `MetaOutput`: `loss` (scalar), `logits` `[T, N*Q, N]`, `accuracy` `[T]`.
         """
-        return engines.meta_loss(self.lower, episodes, _checked(steps), self.engine, generator)
+        tasks = self.batch(episodes, generator)
+        return engines.meta_loss(self.lower, tasks, _checked(steps), self.way(tasks))
 
     def meta_backward(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
         """`meta_loss(...).loss.backward()` in less memory: task by task where the engine is `loop`."""
-        return engines.meta_backward(self.lower, episodes, _checked(steps), self.engine, generator)
+        tasks = self.batch(episodes, generator)
+        return engines.meta_backward(self.lower, tasks, _checked(steps), self.way(tasks))
+
+    def batch(self, episodes: Episodes, generator: torch.Generator | None = None) -> Batch:
+        """The tensors that the lower level and the queries need, validation sets drawn."""
+        return engines.batch(self.lower, episodes, generator)
+
+    def way(self, tasks: Batch) -> Way:
+        """How these tasks are run; raises `FewShotError` where that would give wrong gradients."""
+        images = tasks.query[0]
+        choice = engines.choose(self.engine, self.model, images.device, images.shape[-1])
+        return Way(choice.name, self.compiled, self.recompute)
 
 
 class MAML(MetaLearner):

@@ -182,6 +182,11 @@ def norm_layers(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
 
 
+def fuses(model: nn.Module) -> bool:
+    """Whether the model has blocks that run as `fused.conv_block` on a CPU of this machine."""
+    return any(isinstance(layer, ConvBlock) for layer in model.modules()) and fused.available()
+
+
 def unvectorisable_layers(model: nn.Module) -> list[str]:
     """Names of the layers whose second-order gradients are wrong under `vmap`: batch, instance and layer norm.
 

@@ -54,20 +54,25 @@ def agnostic_sam(
     params: Params,
     train_grad: Params,
     val_grad: Params,
+    val_norm_of: Params | None = None,
+    *,
     rho1: float,
     rho2: float,
-    *,
     adaptive: bool = False,
-    val_norm_of: Params | None = None,
 ) -> Params:
-    """Equation (5): `rho1` along the training gradient and `rho2` against the validation gradient."""
+    """Equation (5): `rho1` along the training gradient and `rho2` against the validation gradient.
+
+    **Arguments:**
+
+    - `val_norm_of`: divide the validation gradient by the norm of these gradients instead of its own.
+    """
     ascent = sam(params, train_grad, rho1, adaptive=adaptive)
     descent = sam(params, val_grad, -rho2, adaptive=adaptive, norm_of=val_norm_of)
     return add(ascent, descent)
 
 
-def momentum(previous: Params | None, grad: Params, beta: float) -> Params:
-    """`beta * previous + (1 - beta) * grad`; no previous one counts as zero."""
-    if previous is None:
+def momentum(previous: Params, grad: Params, beta: float) -> Params:
+    """`beta * previous + (1 - beta) * grad`; an empty previous one counts as zero."""
+    if not previous:
         return {name: (1 - beta) * value for name, value in grad.items()}
     return {name: beta * previous[name] + (1 - beta) * value for name, value in grad.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fewshot_asam import FewShotError
-from fewshot_asam import engine as engines
+from fewshot_asam.engine import choice
 from fewshot_asam.inner import Rule
 from fewshot_asam.meta import MetaLearner, Norm
 from fewshot_asam.models import build_model
@@ -154,7 +154,7 @@ def test_norms_that_are_not_vectorised_would_be_wrong(norm: nn.Module, monkeypat
     """If this fails, PyTorch has mended them and `unvectorisable_layers` can let them go."""
     with pytest.raises(FewShotError, match="second-order gradients of layer '1'"):
         batched_against_loop(with_norm(norm), MAML, 2)
-    monkeypatch.setattr(engines, "unvectorisable_layers", lambda model: [])
+    monkeypatch.setattr(choice, "unvectorisable_layers", lambda model: [])
     assert batched_against_loop(with_norm(norm), MAML, 2) > 1e-7
 
 

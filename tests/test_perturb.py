@@ -44,12 +44,12 @@ def test_asam_is_the_best_step_in_its_ellipsoid() -> None:
 
 def test_agnostic_sam_is_equation_5() -> None:
     expected = 0.2 * flat(GRAD) / flat(GRAD).norm() - 0.1 * flat(VAL_GRAD) / flat(VAL_GRAD).norm()
-    torch.testing.assert_close(flat(perturb.agnostic_sam(PARAMS, GRAD, VAL_GRAD, 0.2, 0.1)), expected)
+    torch.testing.assert_close(flat(perturb.agnostic_sam(PARAMS, GRAD, VAL_GRAD, rho1=0.2, rho2=0.1)), expected)
 
 
 def test_the_validation_gradient_can_be_measured_by_another_norm() -> None:
     expected = 0.2 * flat(GRAD) / flat(GRAD).norm() - 0.1 * flat(VAL_GRAD) / flat(PARAMS).norm()
-    step = perturb.agnostic_sam(PARAMS, GRAD, VAL_GRAD, 0.2, 0.1, val_norm_of=PARAMS)
+    step = perturb.agnostic_sam(PARAMS, GRAD, VAL_GRAD, PARAMS, rho1=0.2, rho2=0.1)
     torch.testing.assert_close(flat(step), expected)
 
 

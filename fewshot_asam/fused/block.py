@@ -35,17 +35,21 @@ def disabled() -> Iterator[None]:
         _enabled.reset(token)
 
 
+def available() -> bool:
+    """Whether the compiled functions are there and wanted."""
+    return _enabled.get() and library() is not None
+
+
 def applies(x: Tensor) -> bool:
     """Whether `conv_block` can take images `x`: on a CPU, outside `torch.func`, `torch.compile` and autocast."""
     return (
         x.device.type == "cpu"
         and x.dtype in KINDS
         and min(x.shape[-2:]) >= 2
-        and _enabled.get()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch.is_autocast_enabled("cpu")
-        and library() is not None
+        and available()
     )
 
 

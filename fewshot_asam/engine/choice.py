@@ -1,0 +1,76 @@
+"""Which way a model's tasks are run: by device and model, and by the clock where that is cheap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from fewshot_asam.errors import FewShotError, require_one_of
+from fewshot_asam.models import fuses, unvectorisable_layers
+
+EngineName = Literal["auto", "loop", "vmap"]
+
+LARGEST_VECTORISED_SIDE = 32
+"""Pixels. On a CPU, tasks on larger images fill the cores one by one; their graphs would not fit the cache together."""
+CHEAP = 1.0
+"""Seconds that a meta-batch may take for both engines to be timed."""
+REPEATS = 3
+
+
+class Choice(NamedTuple):
+    """An engine and, in words, why it was chosen."""
+
+    name: Literal["loop", "vmap"]
+    reason: str
+
+
+def choose(engine: EngineName, model: nn.Module, device: torch.device, side: int) -> Choice:
+    """Which engine runs `model` on images of `side` pixels on `device`, by rule.
+
+    Raises `FewShotError` where `vmap` is asked for and would compute wrong second-order gradients.
+    """
+    require_one_of("engine", engine, get_args(EngineName))
+    unsafe = unvectorisable_layers(model)
+    if engine == "vmap" and unsafe:
+        raise FewShotError(
+            f"the second-order gradients of layer {unsafe[0]!r} ({_kind(model, unsafe[0])}) are wrong under vmap; "
+            "use engine 'loop', or fewshot_asam.models.TaskNorm in its place"
+        )
+    if engine != "auto":
+        return Choice(engine, "as asked")
+    if unsafe:
+        return Choice("loop", f"vmap differentiates layer {unsafe[0]!r} ({_kind(model, unsafe[0])}) wrongly")
+    if device.type != "cpu":
+        return Choice("vmap", f"one task would not fill the {device.type} device")
+    if fuses(model):
+        return Choice("loop", "its fused blocks fill the cores one task at a time")
+    if side <= LARGEST_VECTORISED_SIDE:
+        return Choice("vmap", f"images of {side} pixels are too small to fill the cores one task at a time")
+    return Choice("loop", f"images of {side} pixels fill the cores one task at a time")
+
+
+def measured(by_rule: Choice, iterate: Callable[[Literal["loop", "vmap"]], Any]) -> Choice:
+    """The faster engine for one iteration, or the one `by_rule` where that takes longer than `CHEAP` seconds."""
+    if _seconds(iterate, by_rule.name) > CHEAP:
+        return by_rule
+    other: Literal["loop", "vmap"] = "vmap" if by_rule.name == "loop" else "loop"
+    _seconds(iterate, other)
+    pairs = [(_seconds(iterate, by_rule.name), _seconds(iterate, other)) for _ in range(REPEATS)]
+    chosen, rival = (min(column) for column in zip(*pairs, strict=True))
+    times = {by_rule.name: chosen, other: rival}
+    reason = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in times.items())
+    return Choice(min(times, key=times.__getitem__), f"measured, a meta-batch: {reason}")
+
+
+def _seconds(iterate: Callable[[Literal["loop", "vmap"]], Any], name: Literal["loop", "vmap"]) -> float:
+    started = time.perf_counter()
+    iterate(name)
+    return time.perf_counter() - started
+
+
+def _kind(model: nn.Module, layer: str) -> str:
+    return type(model.get_submodule(layer)).__name__

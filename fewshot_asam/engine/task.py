@@ -1,0 +1,125 @@
+"""What is computed for one task: an inner step and the query loss, as pure functions of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fewshot_asam import inner
+from fewshot_asam.episodes import Episodes
+from fewshot_asam.inner import Gradient, Rule, Vectorise
+from fewshot_asam.perturb import Params
+from fewshot_asam.validation import Validation, lower_level_sets
+
+State = tuple[Params, Params]
+"""The adapted parameters and the momentum of the validation gradient, which is empty where there is none."""
+
+
+@dataclass(frozen=True)
+class LowerLevel:
+    """What one task's adaptation needs to know, apart from its data.
+
+    **Arguments:**
+
+    - `model`: called as `model(x)`; in inductive mode as `model(x, support=n)`.
+    - `adapted`: names of the parameters that the inner loop changes.
+    - `lr`: inner learning rate alpha.
+    - `inductive`: the support set alone gives the norm layers' statistics for the queries.
+    """
+
+    model: nn.Module
+    rule: Rule
+    lr: float
+    adapted: tuple[str, ...]
+    validation: Validation = "duplicate"
+    inductive: bool = False
+
+
+class Batch(NamedTuple):
+    """The tensors of one task, or of `T` tasks with a leading dimension.
+
+    - `inner`: training images and labels and, where validation is not a duplicate, those of the validation set.
+    - `query`: query images and labels, and support images.
+    """
+
+    inner: tuple[Tensor, ...]
+    query: tuple[Tensor, Tensor, Tensor]
+
+    @property
+    def tasks(self) -> int:
+        """How many, `T`."""
+        return len(self.query[1])
+
+    def task(self, index: int) -> Batch:
+        """One of the tasks."""
+        x, y, support = self.query
+        return Batch(tuple(value[index] for value in self.inner), (x[index], y[index], support[index]))
+
+
+def batch(lower: LowerLevel, episodes: Episodes, generator: torch.Generator | None) -> Batch:
+    """The tensors of all tasks; `generator` is for augmented validation sets."""
+    train, val = lower_level_sets(episodes.support_x, episodes.support_y, lower.validation, generator)
+    return Batch((*train, *(val or ())), (episodes.query_x, episodes.query_y, episodes.support_x))
+
+
+def initial_state(lower: LowerLevel) -> State:
+    """The meta-parameters, and a momentum of zero where the rule has one."""
+    named = dict(lower.model.named_parameters())
+    params: Params = {name: named[name] for name in lower.adapted}
+    has_momentum = lower.rule.name == "agnostic_sam" and lower.rule.beta > 0
+    return params, {name: torch.zeros_like(value) for name, value in params.items()} if has_momentum else {}
+
+
+def shared_parameters(lower: LowerLevel) -> Params:
+    """The trainable parameters that the inner loop leaves alone."""
+    named = lower.model.named_parameters()
+    return {name: value for name, value in named if value.requires_grad and name not in lower.adapted}
+
+
+@dataclass(frozen=True)
+class SupportLoss:
+    """The loss on labelled images `x`, `y` as a function of the adapted parameters; `shared` are the others."""
+
+    model: nn.Module
+    shared: Params
+    x: Tensor
+    y: Tensor
+
+    def __call__(self, params: Params) -> Tensor:
+        return F.cross_entropy(predict(self.model, {**self.shared, **params}, self.x), self.y)
+
+
+def step(
+    lower: LowerLevel,
+    gradient: Gradient,
+    vectorise: Vectorise,
+    state: State,
+    shared: Params,
+    data: tuple[Tensor, ...],
+) -> State:
+    """One inner step on `Batch.inner`, of one task or, with a `gradient` and `vectorise` for that, of all."""
+    losses = [SupportLoss(lower.model, shared, x, y) for x, y in zip(data[::2], data[1::2], strict=True)]
+    train_loss, val_loss = losses if len(losses) > 1 else (losses[0], None)
+    return inner.step(lower.rule, *state, train_loss, val_loss, lower.lr, gradient, vectorise)
+
+
+def query(
+    lower: LowerLevel, state: State, shared: Params, data: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The query loss and logits of one task after adaptation, on `Batch.query`."""
+    x, y, support = data
+    logits = predict(lower.model, {**shared, **state[0]}, x, support if lower.inductive else None)
+    return F.cross_entropy(logits, y), logits
+
+
+def predict(model: nn.Module, params: Params, x: Tensor, support: Tensor | None = None) -> Tensor:
+    """The model's logits with `params` in place of its own; `support` alone gives the norm's statistics if given."""
+    if support is None:
+        return functional_call(model, params, (x,))  # type: ignore[no-any-return]
+    both = functional_call(model, params, (torch.cat([support, x]),), {"support": len(support)})
+    return both[len(support) :]  # type: ignore[no-any-return]
