@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from fewshot_asam.data import DATASETS, Dataset, load_dataset
 from fewshot_asam.engine import EngineName
+from fewshot_asam.engine.precision import Precision
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Rule, RuleName
 from fewshot_asam.meta import Adapt, MetaLearner, Norm
@@ -111,7 +112,15 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one"""
     engine: EngineName = "auto"
-    """tasks one by one (loop) or vectorised (vmap)"""
+    """tasks one by one (loop) or vectorised (vmap); auto goes by device and model, and times both on a CPU"""
+    compiled: bool = False
+    """compile the inner gradient and the query loss for training (torch.compile)"""
+    recompute: bool = False
+    """run each inner step anew in the backward pass: memory that does not grow with the number of steps"""
+    cuda_graph: bool = True
+    """on a GPU, record the whole iteration once and replay it"""
+    precision: Precision = "float32"
+    """of convolutions and matrix products: float32, tf32 (GPU), bfloat16 (autocast)"""
     output_dir: Path | None = None
     """run folder; if not given, a new one under runs/"""
 
@@ -121,6 +130,7 @@ class TrainConfig:
                 raise FewShotError(f"{field.name} is null; expected a value such as {field.default}")
         require_one_of("dataset", self.dataset, DATASETS)
         require_one_of("schedule", self.schedule, ("constant", "cosine"))
+        require_one_of("precision", self.precision, get_args(Precision))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         for name in COUNTS:
             if not 1 <= getattr(self, name) <= LARGEST_COUNT:
@@ -201,6 +211,8 @@ def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> Met
         validation=config.validation,
         norm=config.norm,
         engine=config.engine,
+        compiled=config.compiled,
+        recompute=config.recompute,
     )
 
 

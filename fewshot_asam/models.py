@@ -45,8 +45,8 @@ class TaskNorm(nn.Module):
 
 
 def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean of each channel of `x [n, C, H, W]`, both `[C]`."""
-    return torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    """Variance and mean of each channel of `x [n, C, H, W]`, both `[C]`, in single precision at least."""
+    return torch.var_mean(x.float() if x.dtype == torch.bfloat16 else x, dim=(0, 2, 3), correction=0)
 
 
 def conv_var_mean(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,9 @@ class ConvBlock(nn.Module):
         sign = 1 - 2 * (self.norm.weight < 0).to(x.dtype)
         filters = self.conv.weight * sign.view(-1, 1, 1, 1)
         y = F.conv2d(x, filters, padding=1)
-        statistics = conv_var_mean(x[:support], filters) if self.few_channels else var_mean(y[:support])
+        statistics = (
+            conv_var_mean(x[:support], filters) if self.few_channels and y.dtype == x.dtype else var_mean(y[:support])
+        )
         scale, shift = self.norm.coefficients(statistics, self.norm.weight * sign)
         return F.relu(F.max_pool2d(y, 2) * _per_channel(scale) + _per_channel(shift))
 

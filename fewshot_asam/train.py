@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,20 +11,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewshot_asam import __version__, engine, runs
+from fewshot_asam import __version__, engine, runs, upper
 from fewshot_asam.checkpoint import load_state, load_weights, save_state, save_weights
 from fewshot_asam.config import TrainConfig, build_learner, load_data, plain, resolve_device, to_yaml
 from fewshot_asam.data import Dataset
 from fewshot_asam.data.images import ImageSet
+from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import Interval, evaluate, interval
 from fewshot_asam.meta import MetaLearner
+from fewshot_asam.models import unvectorisable_layers
 
 EVALUATION_SEED = 0
 """Of the validation and test tasks: the same for every run, whatever its own seed."""
 ROWS = 500
 """About as many lines of training metrics are kept of a run."""
+INTERVALS = ("validate_every", "checkpoint_every")
+"""Settings after so many iterations of which the training numbers must have been read."""
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Progress:
     best_accuracy: float = -1.0
     best_iteration: int = 0
     seconds: float = 0.0
+    engine: str = ""
+    """what `auto` chose, so that a resumed run goes on in the same way"""
 
 
 @dataclass
@@ -49,6 +54,7 @@ class Trainer:
     train_tasks: EpisodeSampler
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    iterate: upper.Iteration
     progress: Progress = field(default_factory=Progress)
 
     def state(self) -> dict[str, Any]:
@@ -85,10 +91,11 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     dataset = load_data(config, device)
-    trainer = _trainer(config, dataset, device, resume)
-    _announce(trainer, device)
-    _fit(trainer)
-    summary = _test(trainer, device)
+    with precision(config.precision, device):
+        trainer = _trainer(config, dataset, device, resume)
+        _announce(trainer, device)
+        _fit(trainer)
+        summary = _test(trainer, device)
     accuracy = Interval(summary["test_accuracy"], summary["test_ci95"])
     print(f"test accuracy {result_text(config, accuracy, config.test_tasks)}; see {trainer.folder / 'curves.png'}")
     return summary
@@ -113,55 +120,81 @@ def _trainer(config: TrainConfig, dataset: Dataset, device: torch.device, resume
     train_tasks = EpisodeSampler(dataset.train, config.ways, config.shots, config.queries, seed=config.seed)
     for images in (dataset.val, dataset.test):
         evaluation_sampler(config, images)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=config.meta_lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(config, i))
+    optimizer = upper.optimizer(learner, config)
+    schedule = upper.schedule(optimizer, config)
+    iterate = upper.iteration(learner, optimizer, config)
     folder = config.output_dir if resume and config.output_dir else runs.create(config)
-    trainer = Trainer(config, folder, learner, dataset, train_tasks, optimizer, schedule)
+    trainer = Trainer(config, folder, learner, dataset, train_tasks, optimizer, schedule, iterate)
     if resume and (folder / "state.pt").exists():
         trainer.load(load_state(folder / "state.pt"))
     runs.write_text(folder / "config.yaml", to_yaml(config))
     return trainer
 
 
-def _rate(config: TrainConfig, iteration: int) -> float:
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, iteration / config.iterations)))
-
-
 def _announce(trainer: Trainer, device: torch.device) -> None:
     config, dataset = trainer.config, trainer.dataset
-    choice = engine.choose(config.engine, trainer.learner.model, device, dataset.train.shape[-1])
     classes = " / ".join(str(len(images.names)) for images in (dataset.train, dataset.val, dataset.test))
     size = sum(p.numel() for p in trainer.learner.parameters())
     print(f"{config.title} in {trainer.folder}: {config.model} of {size:,} parameters on {device}, {config.norm} norm")
     print(f"{config.dataset}: {classes} classes for training / validation / test")
-    print(f"engine {choice.name}: {choice.reason}", flush=True)
+    choice = _engine(trainer, device)
+    trainer.learner.engine = trainer.progress.engine = choice.name
+    print(f"engine {choice.name}{_options(config, device)}: {choice.reason}", flush=True)
     if trainer.progress.iteration >= config.iterations:
         print(f"all {config.iterations} iterations are done; --iterations can be raised where the schedule is constant")
     elif _out_of_time(config, trainer.progress):
         print(f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on", flush=True)
 
 
+def _engine(trainer: Trainer, device: torch.device) -> engine.Choice:
+    """The engine by rule, or by the clock on a CPU where both can run; a resumed run keeps its own."""
+    config, learner = trainer.config, trainer.learner
+    choice = engine.choose(config.engine, learner.model, device, trainer.dataset.train.shape[-1])
+    if config.engine != "auto" or device.type != "cpu" or config.compiled or unvectorisable_layers(learner.model):
+        return choice
+    if trainer.progress.engine:
+        return engine.Choice("vmap" if trainer.progress.engine == "vmap" else "loop", "as before")
+    sampler = EpisodeSampler(trainer.dataset.train, config.ways, config.shots, config.queries)
+    episodes = sampler.sample(config.meta_batch_size)
+
+    def iterate(name: engine.Tasks) -> None:
+        learner.engine = name
+        learner.meta_backward(episodes, config.inner_steps, sampler.augmentation)
+        learner.zero_grad()
+
+    return engine.measured(choice, iterate)
+
+
+def _options(config: TrainConfig, device: torch.device) -> str:
+    """How the engine runs beyond its name."""
+    captured = config.cuda_graph and device.type == "cuda"
+    wanted = {"compiled": config.compiled, "recomputing": config.recompute, "recorded": captured}
+    wanted[config.precision] = config.precision != "float32"
+    return "".join(f", {name}" for name, chosen in wanted.items() if chosen)
+
+
 def _fit(trainer: Trainer) -> None:
     config, progress = trainer.config, trainer.progress
     every = max(1, config.iterations // ROWS)
-    started = time.monotonic() - progress.seconds
     done, total = progress.iteration, config.iterations
+    unread: list[Tensor] = []
+    if config.compiled and done < total:
+        _compile(trainer)
+    started = time.monotonic() - progress.seconds
     bar = tqdm(total=total, initial=done, unit="it", desc="training", dynamic_ncols=True, mininterval=0.5)
-    recent: list[tuple[float, float]] = []
     with bar, runs.MetricsLog(trainer.folder, progress.iteration) as log:
         while progress.iteration < config.iterations and not _out_of_time(config, progress):
-            recent.append(_iterate(trainer))
+            unread.append(_iterate(trainer))
             progress.iteration += 1
             progress.seconds = time.monotonic() - started
             last = progress.iteration == config.iterations or _out_of_time(config, progress)
-            if last or progress.iteration % every == 0:
-                _report(trainer, bar, log, recent)
-                recent.clear()
-            if last or progress.iteration % config.validate_every == 0:
+            due = {name: last or progress.iteration % getattr(config, name) == 0 for name in INTERVALS}
+            if last or progress.iteration % every == 0 or any(due.values()):
+                _report(trainer, bar, log, _read(trainer, unread))
+                unread.clear()
+            if due["validate_every"]:
                 _validate(trainer, log)
-            if last or progress.iteration % config.checkpoint_every == 0:
+            if due["checkpoint_every"]:
                 save_weights(trainer.folder / "last.safetensors", trainer.learner.model)
                 save_state(trainer.folder / "state.pt", trainer.state())
             bar.update()
@@ -169,38 +202,48 @@ def _fit(trainer: Trainer) -> None:
             _validate(trainer, log)
 
 
+def _compile(trainer: Trainer) -> None:
+    """Compiles by an iteration that is thrown away, so that it takes no training time."""
+    config, started = trainer.config, time.monotonic()
+    print("compiling, a minute or two the first time ...", end="", flush=True)
+    sampler = EpisodeSampler(trainer.dataset.train, config.ways, config.shots, config.queries)
+    trainer.learner.meta_backward(sampler.sample(config.meta_batch_size), config.inner_steps, sampler.augmentation)
+    trainer.learner.zero_grad()
+    print(f" done in {time.monotonic() - started:.0f} s", flush=True)
+
+
 def _out_of_time(config: TrainConfig, progress: Progress) -> bool:
     return config.max_minutes is not None and progress.seconds >= 60 * config.max_minutes
 
 
-def _iterate(trainer: Trainer) -> tuple[float, float]:
-    """One meta-batch and its step; returns its mean loss and accuracy."""
-    config, parameters = trainer.config, list(trainer.learner.parameters())
-    episodes = trainer.train_tasks.sample(config.meta_batch_size)
-    trainer.optimizer.zero_grad()
-    output = trainer.learner.meta_backward(episodes, config.inner_steps, trainer.train_tasks.augmentation)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
-    _require_finite(trainer, output.loss, norm)
-    trainer.optimizer.step()
+def _iterate(trainer: Trainer) -> Tensor:
+    """One meta-batch and its step; returns numbers that are still on the device."""
+    episodes = trainer.train_tasks.sample(trainer.config.meta_batch_size)
+    numbers = trainer.iterate(trainer.learner.batch(episodes, trainer.train_tasks.augmentation))
     trainer.schedule.step()
-    return output.loss.item(), output.accuracy.mean().item()
+    return numbers
 
 
-def _require_finite(trainer: Trainer, loss: Tensor, norm: Tensor) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    config, saved = trainer.config, trainer.folder / "last.safetensors"
+def _read(trainer: Trainer, unread: list[Tensor]) -> Tensor:
+    """The numbers of the latest iterations `[n, 3]`; raises `FewShotError` where one is not finite."""
+    numbers = torch.stack(unread).cpu()
+    bad = (~numbers.isfinite()).any(1).nonzero()
+    if len(bad) == 0:
+        return numbers
+    config, saved, first = trainer.config, trainer.folder / "last.safetensors", int(bad[0])
+    loss, _, norm = numbers[first].tolist()
     raise FewShotError(
-        f"the query loss is {loss.item():g} and the meta-gradient's norm {norm.item():g} at iteration "
-        f"{trainer.progress.iteration + 1}; the likely cause is an inner_lr ({config.inner_lr:g}), rho "
-        f"({config.rho:g}) or meta_lr ({config.meta_lr:g}) that is too large: lower it or set clip_grad. "
+        f"the query loss is {loss:g} and the meta-gradient's norm {norm:g} at iteration "
+        f"{trainer.progress.iteration - len(unread) + first + 1}; the likely cause is an inner_lr "
+        f"({config.inner_lr:g}), rho ({config.rho:g}) or meta_lr ({config.meta_lr:g}) that is too large: lower it or "
+        "set clip_grad. "
         + (f"The last good checkpoint is {saved}" if saved.exists() else "No checkpoint had been written yet")
     )
 
 
-def _report(trainer: Trainer, bar: Any, log: runs.MetricsLog, recent: list[tuple[float, float]]) -> None:
+def _report(trainer: Trainer, bar: Any, log: runs.MetricsLog, numbers: Tensor) -> None:
     progress = trainer.progress
-    loss, accuracy = (sum(column) / len(recent) for column in zip(*recent, strict=True))
+    loss, accuracy, _ = numbers.double().mean(0).tolist()
     log.add(progress.iteration, train_loss=loss, train_accuracy=accuracy, seconds=progress.seconds)
     rate = bar.format_dict["rate"] or progress.iteration / progress.seconds
     tasks = f"{rate * trainer.config.meta_batch_size:.0f} tasks/s"
@@ -231,6 +274,7 @@ def _test(trainer: Trainer, device: torch.device) -> dict[str, Any]:
         "test_ci95": result.half_width,
         "iterations": progress.iteration,
         "best_iteration": progress.best_iteration,
+        "engine": progress.engine,
         "val_accuracy": progress.best_accuracy,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "wall_seconds": round(progress.seconds, 1),

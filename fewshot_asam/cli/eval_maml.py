@@ -19,6 +19,7 @@ from fewshot_asam.checkpoint import load_weights
 from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
 from fewshot_asam.config import TrainConfig, build_learner, load_data, resolve_device
 from fewshot_asam.data import Dataset
+from fewshot_asam.engine.precision import precision
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import evaluate, interval, paired_difference
 from fewshot_asam.inner import RuleName
@@ -75,7 +76,9 @@ def _accuracies(folder: str, config: TrainConfig, dataset: Dataset, test: EvalCo
     learner = build_learner(config, dataset.train.shape)
     load_weights(Path(folder) / "best.safetensors", learner.model)
     learner.to(dataset.test.images.device)
-    return evaluate(learner, evaluation_sampler(config, dataset.test, test.seed), test.tasks, config.inner_steps)
+    sampler = evaluation_sampler(config, dataset.test, test.seed)
+    with precision(config.precision, sampler.images.images.device):
+        return evaluate(learner, sampler, test.tasks, config.inner_steps)
 
 
 def _line(accuracies: Tensor, trained: TrainConfig, tested: TrainConfig) -> str:

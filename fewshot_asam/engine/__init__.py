@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_asam.engine.choice import Choice, EngineName, choose, measured
+from fewshot_asam.engine.choice import Choice, EngineName, Tasks, choose, measured
 from fewshot_asam.engine.task import Batch, LowerLevel, batch, predict
 from fewshot_asam.engine.ways import Way, run
 
@@ -17,6 +17,7 @@ __all__ = [
     "EngineName",
     "LowerLevel",
     "MetaOutput",
+    "Tasks",
     "Way",
     "batch",
     "choose",

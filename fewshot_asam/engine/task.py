@@ -44,11 +44,11 @@ class Batch(NamedTuple):
     """The tensors of one task, or of `T` tasks with a leading dimension.
 
     - `inner`: training images and labels and, where validation is not a duplicate, those of the validation set.
-    - `query`: query images and labels, and support images.
+    - `query`: query images and labels and, in inductive mode, support images.
     """
 
     inner: tuple[Tensor, ...]
-    query: tuple[Tensor, Tensor, Tensor]
+    query: tuple[Tensor, ...]
 
     @property
     def tasks(self) -> int:
@@ -57,14 +57,15 @@ class Batch(NamedTuple):
 
     def task(self, index: int) -> Batch:
         """One of the tasks."""
-        x, y, support = self.query
-        return Batch(tuple(value[index] for value in self.inner), (x[index], y[index], support[index]))
+        inner, query = (tuple(value[index] for value in part) for part in self)
+        return Batch(inner, query)
 
 
 def batch(lower: LowerLevel, episodes: Episodes, generator: torch.Generator | None) -> Batch:
     """The tensors of all tasks; `generator` is for augmented validation sets."""
     train, val = lower_level_sets(episodes.support_x, episodes.support_y, lower.validation, generator)
-    return Batch((*train, *(val or ())), (episodes.query_x, episodes.query_y, episodes.support_x))
+    support = (episodes.support_x,) if lower.inductive else ()
+    return Batch((*train, *(val or ())), (episodes.query_x, episodes.query_y, *support))
 
 
 def initial_state(lower: LowerLevel) -> State:
@@ -108,12 +109,10 @@ def step(
     return inner.step(lower.rule, *state, train_loss, val_loss, lower.lr, gradient, vectorise)
 
 
-def query(
-    lower: LowerLevel, state: State, shared: Params, data: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def query(lower: LowerLevel, state: State, shared: Params, data: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """The query loss and logits of one task after adaptation, on `Batch.query`."""
-    x, y, support = data
-    logits = predict(lower.model, {**shared, **state[0]}, x, support if lower.inductive else None)
+    x, y, *support = data
+    logits = predict(lower.model, {**shared, **state[0]}, x, *support)
     return F.cross_entropy(logits, y), logits
 
 

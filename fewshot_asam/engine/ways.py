@@ -54,8 +54,10 @@ def run(lower: LowerLevel, batch: Batch, steps: int, way: Way) -> Iterator[tuple
 
 
 def _copies(state: State, tasks: tuple[int, ...]) -> State:
-    """Views of the meta-parameters with a leading dimension of tasks; no leaves, as later parameters are none."""
-    params, memory = ({name: value.expand(*tasks, *value.shape) for name, value in part.items()} for part in state)
+    """The meta-parameters with a leading dimension of tasks, as non-leaf tensors like those of the later steps."""
+    params, memory = (
+        {name: value.expand(*tasks, *value.shape).contiguous() for name, value in part.items()} for part in state
+    )
     return params, memory
 
 
@@ -111,13 +113,17 @@ class _Compiled:
         self.works = False
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.works or self.function is self.eager:
-            return self.function(*arguments)
+        if self.function is self.eager:
+            return self.eager(*arguments)
         try:
-            result = self.function(*arguments)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+                result = self.function(*arguments)
             self.works = True
             return result
         except Exception as error:
+            if self.works and not type(error).__module__.startswith("torch._dynamo"):
+                raise
             result = self.eager(*arguments)
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             warnings.warn(f"the {self.name} runs eagerly, as it could not be compiled: {lines[0]}", stacklevel=2)

@@ -1,0 +1,53 @@
+"""The upper level: one meta-iteration, from a batch of tasks to a step of Adam, without waiting for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewshot_asam import engine
+from fewshot_asam.config import TrainConfig
+from fewshot_asam.engine import Batch
+from fewshot_asam.engine.capture import Captured, CudaGraphs
+from fewshot_asam.meta import MetaLearner
+
+Iteration = Callable[[Batch], Tensor]
+"""One meta-iteration; returns `[3]` on the device: mean query loss, mean accuracy, norm of the meta-gradient."""
+
+
+def optimizer(learner: MetaLearner, config: TrainConfig) -> torch.optim.Adam:
+    """Adam, with its learning rate on the device where iterations may be recorded there."""
+    parameters = list(learner.parameters())
+    if parameters[0].device.type != "cuda":
+        return torch.optim.Adam(parameters, lr=config.meta_lr)
+    return torch.optim.Adam(parameters, lr=torch.tensor(config.meta_lr, device=parameters[0].device), capturable=True)
+
+
+def schedule(adam: torch.optim.Adam, config: TrainConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    """The course of the learning rate over the iterations."""
+    return torch.optim.lr_scheduler.LambdaLR(adam, lambda iteration: _rate(config, iteration))
+
+
+def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainConfig) -> Iteration:
+    """The meta-iteration, recorded as a CUDA graph where it runs on a GPU and that is wanted."""
+    parameters = list(learner.parameters())
+
+    def body(tasks: Batch) -> Tensor:
+        adam.zero_grad()
+        output = engine.meta_backward(learner.lower, tasks, config.inner_steps, learner.way(tasks))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
+        adam.step()
+        return torch.stack([output.loss, output.accuracy.mean(), norm])
+
+    if config.cuda_graph and parameters[0].device.type == "cuda":
+        return Captured(body, CudaGraphs())
+    return body
+
+
+def _rate(config: TrainConfig, index: int) -> float:
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, index / config.iterations)))
