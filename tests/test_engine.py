@@ -49,8 +49,8 @@ from fewshot_asam.episodes import Episodes
 from fewshot_asam.models import build_model
 
 way, recompute, steps = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
-x, y = torch.rand(2, 15, 1, 28, 28), torch.arange(3).repeat_interleave(5).expand(2, -1)
-learner = MAML(build_model("conv4", 3, (1, 28, 28), 32, 0), 0.01, engine=way, recompute=recompute)
+x, y = torch.rand(2, 15, 3, 42, 42), torch.arange(3).repeat_interleave(5).expand(2, -1)
+learner = MAML(build_model("conv4", 3, (3, 42, 42), 8, 0), 0.01, engine=way, recompute=recompute)
 learner.meta_backward(Episodes(x, y, x, y), 1)
 read = lambda key: int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 open("/proc/self/clear_refs", "w").write("5")
