@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from conftest import make_images
 from fewshot_asam import fused
 from fewshot_asam.episodes import Episodes, EpisodeSampler
-from fewshot_asam.fused import block, build
+from fewshot_asam.fused import block, build, first
+from fewshot_asam.fused.plain import plain_tail
 from fewshot_asam.meta import MetaLearner
 from fewshot_asam.models import EPS, build_model
 from problems import RULES, meta_gradient
@@ -30,7 +32,7 @@ def reference(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 def in_primitives(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """The third derivative of `F.batch_norm` is wrong (torch 2.13)."""
-    return block.plain_tail(F.conv2d(x, weight, padding=1), gamma, beta, EPS)
+    return plain_tail(F.conv2d(x, weight, padding=1), gamma, beta, EPS)
 
 
 def fused_block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -72,21 +74,49 @@ def test_derivatives_are_pytorchs(shape: tuple[int, int, int], order: int) -> No
         assert off(ours, theirs) < 1e-10
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 6, 6), (1, 7, 9), (3, 5, 4), (3, 12, 13)])
+def test_derivatives_of_the_first_block_are_pytorchs(shape: tuple[int, int, int], order: int) -> None:
+    x, *values = inputs(*shape, filters=32)
+    x = x.detach()
+    assert first.applies(x, values[0])
+    ours = derivatives(lambda *given: fused_block(x, *given), values, order)
+    for mine, theirs in zip(ours, derivatives(lambda *given: in_primitives(x, *given), values, order), strict=True):
+        assert off(mine, theirs) < 1e-10
+
+
+def test_the_first_block_sees_that_its_images_were_changed() -> None:
+    x, *values = inputs(3, 6, 6, filters=32)
+    x = x.detach()
+    derivatives(lambda *given: fused_block(x, *given), values, 1)
+    x.mul_(2)
+    ours = derivatives(lambda *given: fused_block(x, *given), values, 1)
+    for mine, theirs in zip(ours, derivatives(lambda *given: in_primitives(x, *given), values, 1), strict=True):
+        assert off(mine, theirs) < 1e-10
+
+
 def test_derivatives_agree_with_finite_differences() -> None:
     values = inputs(2, 5, 4, 3)
     assert torch.autograd.gradcheck(fused_block, values)
     assert torch.autograd.gradgradcheck(fused_block, values)
 
 
-def test_single_precision_is_as_exact_as_pytorchs() -> None:
-    exact = [v.detach() * (10 if i == 0 else 1) + (30 if i == 0 else 0) for i, v in enumerate(inputs(3, 20, 20, 16))]
-    values = [v.float().requires_grad_() for v in exact]
-    doubles = [v.detach().double().requires_grad_() for v in values]
-    expected = derivatives(reference, doubles, 2)
-    for ours, theirs, true in zip(
-        derivatives(fused_block, values, 2), derivatives(reference, values, 2), expected, strict=True
+@pytest.mark.parametrize("images_are_given", [False, True])
+def test_single_precision_is_as_exact_as_pytorchs(images_are_given: bool) -> None:
+    values = [v.detach() for v in inputs(3, 20, 20, 32)]
+    values[0] = values[0] * 10 + 30
+
+    def found(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        cast = [value.float().to(dtype) for value in values]
+        fixed, free = (cast[:1], cast[1:]) if images_are_given else ([], cast)
+        free = [value.requires_grad_() for value in free]
+        return [value.double() for value in derivatives(lambda *given: function(*fixed, *given), free, 2)]
+
+    true = found(reference, torch.float64)
+    for ours, theirs, expected in zip(
+        found(fused_block, torch.float32), found(reference, torch.float32), true, strict=True
     ):
-        assert off(ours.double(), true) < 1e-5 + 3 * off(theirs.double(), true)
+        assert off(ours, expected) < 1e-5 + 3 * off(theirs, expected)
 
 
 def test_ties_are_broken_as_pytorch_breaks_them() -> None:
@@ -103,15 +133,16 @@ def test_not_a_number_is_not_hidden() -> None:
     assert fused_block(*values).isnan().all()
 
 
+@pytest.mark.parametrize("filters", [5, 16])
 @pytest.mark.parametrize("name", RULES)
-def test_the_meta_gradient_of_every_rule(name: str) -> None:
+def test_the_meta_gradient_of_every_rule(name: str, filters: int) -> None:
     sampler = EpisodeSampler(make_images(12, 8, (3, 21, 18), 0), 3, 2, 3, seed=0)
     drawn = sampler.sample(2)
     batch = Episodes(drawn.support_x.double(), drawn.support_y, drawn.query_x.double(), drawn.query_y)
-    model = build_model("conv4", 3, (3, 21, 18), 5, seed=0).double()
+    model = build_model("conv4", 3, (3, 21, 18), filters, seed=0).double()
     with torch.no_grad():
         for layer in model.blocks:
-            layer.norm.weight.mul_(torch.tensor([1, -1, 0.5, -2, 1.5]))
+            layer.norm.weight.mul_(torch.linspace(-2, 1.5, filters))
     learner = MetaLearner(model, 0.1, RULES[name], engine="loop")
     ours = meta_gradient(learner, batch)
     with fused.disabled():
@@ -166,4 +197,4 @@ def test_without_a_compiler_the_block_is_plain_and_says_so(tmp_path: Path) -> No
 def test_the_plain_tail_is_the_tail() -> None:
     y, _, gamma, beta = inputs(5)
     ours = block._Tail.apply(y.contiguous(memory_format=torch.channels_last), gamma, beta, EPS)
-    assert off(ours, block.plain_tail(y, gamma, beta, EPS)) < 1e-12
+    assert off(ours, plain_tail(y, gamma, beta, EPS)) < 1e-12

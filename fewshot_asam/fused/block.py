@@ -6,7 +6,6 @@ derivatives beyond the second go through PyTorch's own.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from fewshot_asam.fused import first
 from fewshot_asam.fused.build import library
-
-KINDS = {torch.float32: "float", torch.float64: "double"}
-NHWC = torch.channels_last
+from fewshot_asam.fused.compiled import KINDS, call, channels_last, pooled
+from fewshot_asam.fused.plain import plain_tail
 
 _enabled = ContextVar("fused blocks", default=True)
 
@@ -62,16 +61,10 @@ def conv_block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: floa
 
     **Returns:** `[n, D, H // 2, W // 2]`, channels-last in memory, as are all tensors inside.
     """
-    y: Tensor = _Conv.apply(_channels_last(x), weight)
-    return _Tail.apply(_channels_last(y), gamma, beta, eps)  # type: ignore[no-any-return]
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """The same images channels-last; strides of one channel fit every format and are made to say so."""
-    if x.shape[1] > 1 or x.requires_grad:
-        return x.contiguous(memory_format=NHWC)
-    x = x.contiguous()
-    return x.as_strided(x.shape, (x.shape[2] * x.shape[3], 1, x.shape[3], 1))
+    if first.applies(x, weight):
+        return first.block(x, weight, gamma, beta, eps)
+    y: Tensor = _Conv.apply(channels_last(x), weight)
+    return _Tail.apply(channels_last(y), gamma, beta, eps)  # type: ignore[no-any-return]
 
 
 def _conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -116,7 +109,7 @@ class _ConvBackward(Function):
             if wants_x:
                 gx = _ConvBackward.apply(gy, x, hweight, (True, False))[0]
         if hx is not None:
-            from_x = _Conv.apply(_channels_last(hx), weight)
+            from_x = _Conv.apply(channels_last(hx), weight)
             ggy = from_x if ggy is None else ggy + from_x
             if wants_weight:
                 gweight = _ConvBackward.apply(gy, hx, weight, (False, True))[1]
@@ -126,16 +119,16 @@ class _ConvBackward(Function):
 class _Tail(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        best, out, place = _pooled(y), _pooled(y), _pooled(y, torch.uint8)
+        best, out, place = pooled(y), pooled(y), pooled(y, torch.uint8)
         statistics = torch.empty(2, len(gamma), dtype=torch.float64)
-        _call("tail_forward", y, eps, y, gamma.contiguous(), beta.contiguous(), best, out, place, *statistics)
+        call("tail_forward", y, eps, y, gamma.contiguous(), beta.contiguous(), best, out, place, *statistics)
         ctx.save_for_backward(y, gamma, beta, best, place, statistics)
         ctx.eps = eps
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return *_TailBackward.apply(_channels_last(g), *ctx.saved_tensors, ctx.eps), None
+        return *_TailBackward.apply(channels_last(g), *ctx.saved_tensors, ctx.eps), None
 
 
 class _TailBackward(Function):
@@ -147,7 +140,7 @@ class _TailBackward(Function):
         eps: float,
     ) -> Any:  # fmt: skip
         gy, sums = torch.empty_like(y), torch.empty_like(statistics)
-        _call("tail_backward", y, g, place, best, y, gamma.contiguous(), *statistics, gy, sums)
+        call("tail_backward", y, g, place, best, y, gamma.contiguous(), *statistics, gy, sums)
         ctx.save_for_backward(g, y, gamma, beta, best, place, statistics, sums)
         ctx.eps = eps
         gbeta, ggamma = sums.to(y.dtype)
@@ -158,18 +151,11 @@ class _TailBackward(Function):
         g, y, gamma, beta, best, place, statistics, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable((hy, hgamma, hbeta), g, y, gamma, beta, ctx.eps)
-        hy = _channels_last(hy)
+        hy = channels_last(hy)
         gg, ggamma, gy = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(y)
         given = (hgamma.contiguous(), hbeta.contiguous(), g, place, best, y, gamma.contiguous(), *statistics, sums)
-        _call("tail_double_backward", y, hy, *given, gg, ggamma, gy)
+        call("tail_double_backward", y, hy, *given, gg, ggamma, gy)
         return gg, gy, ggamma, None, None, None, None, None
-
-
-def plain_tail(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """What `_Tail` computes, as PyTorch would write it."""
-    var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0, keepdim=True)
-    normal = (y - mean) * torch.rsqrt(var + eps)
-    return F.max_pool2d(F.relu(normal * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)), 2)
 
 
 def _differentiable(
@@ -182,20 +168,3 @@ def _differentiable(
     grads = torch.autograd.grad(plain_tail(y, gamma, beta, eps), (y, gamma, beta), g, create_graph=True)
     found = torch.autograd.grad(grads, inputs, cotangents, create_graph=True, allow_unused=True)
     return *found, None, None, None, None
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "height", "width", "channels", "threads")]
-
-
-def _call(name: str, y: Tensor, *arguments: Any) -> None:
-    """Calls a compiled function with the addresses of tensors; all of them are dense, 4-d ones channels-last."""
-    n, channels, height, width = y.shape
-    shape = _Shape(n, height, width, channels, torch.get_num_threads())
-    given = [ctypes.c_double(a) if isinstance(a, float) else ctypes.c_void_p(a.data_ptr()) for a in arguments]
-    getattr(library(), f"{name}_{KINDS[y.dtype]}")(ctypes.byref(shape), *given)
-
-
-def _pooled(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    n, channels, height, width = y.shape
-    return torch.empty((n, channels, height // 2, width // 2), dtype=dtype or y.dtype, memory_format=NHWC)

@@ -1,4 +1,4 @@
-"""Compiles `tail.cpp` with the system's C++ compiler, once a machine, and loads it."""
+"""Compiles the C++ files of this folder with the system's C++ compiler, once a machine, and loads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from fewshot_asam.paths import cache_dir
 
-SOURCE = Path(__file__).with_name("tail.cpp")
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / name for name in ("tail.cpp", "first.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared")
 TUNED = (
     ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),
@@ -39,8 +40,9 @@ def library() -> ctypes.CDLL | None:
 
 def _built() -> Path:
     compiler = os.environ.get("CXX", "c++")
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, TUNED, compiler, _processor())).encode()).hexdigest()[:16]
-    target = cache_dir() / "fused" / f"tail-{key}.so"
+    code = [path.read_bytes() for path in (*SOURCES, HERE / "bands.h")]
+    key = hashlib.sha256(repr((code, FLAGS, TUNED, compiler, _processor())).encode()).hexdigest()[:16]
+    target = cache_dir() / "fused" / f"blocks-{key}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -51,7 +53,7 @@ def _built() -> Path:
 def _compile(compiler: str, target: Path) -> Path:
     failure = subprocess.SubprocessError()
     for flags in TUNED:
-        command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(target)]
+        command = [compiler, *FLAGS, *flags, *map(str, SOURCES), "-o", str(target)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             return target

@@ -1,0 +1,63 @@
+// Shapes, bands of rows and sums by channel, for the functions that pass over images [n, H, W, C].
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+constexpr int INACTIVE = 4;
+using Code = std::uint8_t;
+using Sums = std::vector<double>;
+
+struct Shape {
+    std::int64_t n, height, width, channels, threads;
+    double count() const { return double(n * height * width); }
+};
+
+// Two rows of y and the row of p above them; an image's last band takes an odd row with it.
+struct Band {
+    std::int64_t first, last, pooled;
+};
+
+// Calls `body(band, part)` for every band; `part` gathers K sums a channel, which are returned [K*C].
+template <int K, typename real, typename Body>
+Sums for_bands(const Shape &s, Body body) {
+    const std::int64_t rows = s.height / 2, bands = s.n * rows, size = K * s.channels, stride = size + 64;
+    Sums totals(s.threads * stride);
+#pragma omp parallel for schedule(static, 1) num_threads(s.threads)
+    for (std::int64_t thread = 0; thread < s.threads; thread++) {
+        double *total = totals.data() + thread * stride;
+        std::vector<real> part(size);
+        for (auto b = bands * thread / s.threads; b < bands * (thread + 1) / s.threads; b++) {
+            const auto image = b / rows, row = b % rows, top = image * s.height + 2 * row;
+            body(Band{top, row == rows - 1 ? (image + 1) * s.height : top + 2, b}, part.data());
+            for (int i = 0; i < size; i++) {
+                total[i] += part[i];
+                part[i] = 0;
+            }
+        }
+    }
+    for (std::int64_t thread = 1; thread < s.threads; thread++)
+        for (int i = 0; i < size; i++) totals[i] += totals[thread * stride + i];
+    totals.resize(size);
+    return totals;
+}
+
+// Calls `body(at, below, to)` for each window: offsets of its upper left and lower left place, and of its pooled one.
+template <typename Body>
+void for_windows(const Shape &s, const Band &band, Body body) {
+    const auto W = s.width, C = s.channels, w = W / 2;
+    for (std::int64_t col = 0; col < w; col++) {
+        const auto at = (band.first * W + 2 * col) * C;
+        body(at, at + W * C, (band.pooled * w + col) * C);
+    }
+}
+
+// Calls `body(at)` for the places that no window covers: those of an odd last column and an odd last row.
+template <typename Body>
+void for_uncovered(const Shape &s, const Band &band, Body body) {
+    for (auto row = band.first; row < band.last; row++)
+        for (auto col = row < band.first + 2 ? s.width / 2 * 2 : 0; col < s.width; col++)
+            body((row * s.width + col) * s.channels);
+}
+
+#define EACH_CHANNEL _Pragma("omp simd") for (int c = 0; c < C; c++)
