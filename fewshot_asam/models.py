@@ -84,8 +84,9 @@ class ConvBlock(nn.Module):
         self.few_channels = 9 * channels <= hidden
 
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
-        if support is None and fused.applies(x):
-            return fused.conv_block(x, self.conv.weight, self.norm.weight, self.norm.bias, EPS)
+        parameters = (self.conv.weight, self.norm.weight, self.norm.bias)
+        if support is None and fused.applies(x, *parameters):
+            return fused.conv_block(x, *parameters, EPS)
         sign = 1 - 2 * (self.norm.weight < 0).to(x.dtype)
         filters = self.conv.weight * sign.view(-1, 1, 1, 1)
         y = F.conv2d(x, filters, padding=1)

@@ -175,6 +175,22 @@ def test_where_it_applies() -> None:
     assert seen == [False]
 
 
+def test_what_does_not_fit_is_pytorchs_to_refuse() -> None:
+    model = build_model("conv4", 3, (3, 16, 16), 32, seed=0)
+    with pytest.raises(RuntimeError, match="channels"):
+        model(torch.zeros(2, 1, 16, 16))
+    assert not fused.applies(torch.zeros(2, 3, 8, 8), torch.zeros(3, dtype=torch.float64))
+    assert not fused.applies(torch.zeros(0, 3, 8, 8))
+
+
+def test_inference_mode() -> None:
+    model, x = build_model("conv4", 3, (3, 16, 16), 32, seed=0), torch.rand(2, 3, 16, 16)
+    expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model(x.clone()), expected)
+
+
 def test_a_model_that_was_used_can_be_copied() -> None:
     model = build_model("conv4", 3, (1, 16, 16), 4, seed=0)
     x = torch.rand(2, 1, 16, 16)

@@ -39,11 +39,15 @@ def available() -> bool:
     return _enabled.get() and library() is not None
 
 
-def applies(x: Tensor) -> bool:
-    """Whether `conv_block` can take images `x`: on a CPU, outside `torch.func`, `torch.compile` and autocast."""
+def applies(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether `conv_block` can take images `x` and `parameters` of the same precision.
+
+    That is so on a CPU outside `torch.func`, `torch.compile` and autocast.
+    """
     return (
-        x.device.type == "cpu"
-        and x.dtype in KINDS
+        x.dtype in KINDS
+        and all(value.device.type == "cpu" and value.dtype == x.dtype for value in (x, *parameters))
+        and len(x) > 0
         and min(x.shape[-2:]) >= 2
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

@@ -27,8 +27,7 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     """Whether these images, of one or three channels, need no gradient, and the filters fill whole vectors."""
     return (
         not x.requires_grad
-        and x.shape[1] in CHANNELS
-        and weight.dtype == x.dtype
+        and weight.shape[1] == x.shape[1] in CHANNELS
         and weight.shape[0] % (2 * REGISTER // weight.element_size()) == 0
     )
 
@@ -41,14 +40,16 @@ def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) ->
 
 def _images(x: Tensor) -> Images:
     """Made once for images that several gradients are taken on."""
+    latest = None if x.is_inference() else x._version
     version, images = _seen.get(x, (None, None))
-    if version != x._version:
+    if latest is None or version != latest:
         padded = F.pad(x.detach().permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
         patch, lanes = 9 * x.shape[1], REGISTER // x.element_size()
         moments = torch.empty(patch, (patch + lanes) // lanes * lanes, dtype=torch.float64)
         call(f"first_moments_{x.shape[1]}", _like(x, 1), padded, moments)
         images = padded, moments
-        _seen[x] = x._version, images
+        if latest is not None:
+            _seen[x] = latest, images
     return images  # type: ignore[no-any-return]
 
 
