@@ -9,8 +9,9 @@ out = learner.meta_loss(episodes, steps=5)      # the same for a batch of tasks
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +30,7 @@ from fewshot_asam.validation import Validation
 
 Adapt = Literal["all", "head", "body", "no_norm"]
 Norm = Literal["transductive", "inductive"]
+Run = Callable[[LowerLevel, Batch, int, Way], MetaOutput]
 
 
 @dataclass(frozen=True)
@@ -192,13 +194,25 @@ class MetaLearner(nn.Module):
 
         **Returns:** `MetaOutput`: `loss` (scalar), `logits` `[T, N*Q, N]`, `accuracy` `[T]`.
         """
-        tasks = self.batch(episodes, generator)
-        return engines.meta_loss(self.lower, tasks, _checked(steps), self.way(tasks))
+        return self._run(engines.meta_loss, self.batch(episodes, generator), _checked(steps))
 
     def meta_backward(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
         """`meta_loss(...).loss.backward()` in less memory: task by task where the engine is `loop`."""
-        tasks = self.batch(episodes, generator)
-        return engines.meta_backward(self.lower, tasks, _checked(steps), self.way(tasks))
+        return self._run(engines.meta_backward, self.batch(episodes, generator), _checked(steps))
+
+    def _run(self, function: Run, tasks: Batch, steps: int) -> MetaOutput:
+        """Where `auto` chose to vectorise a model that cannot be, it says so and goes on task by task."""
+        way = self.way(tasks)
+        try:
+            return function(self.lower, tasks, steps, way)
+        except RuntimeError as error:
+            if self.engine != "auto" or way.tasks == "loop" or "memory" in str(error):
+                raise
+            result = function(self.lower, tasks, steps, replace(way, tasks="loop"))
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            warnings.warn(f"tasks run one by one, as the model cannot be vectorised: {reason}", stacklevel=3)
+            self.engine = "loop"
+            return result
 
     def batch(self, episodes: Episodes, generator: torch.Generator | None = None) -> Batch:
         """The tensors that the lower level and the queries need, validation sets drawn."""

@@ -99,6 +99,18 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so() -> None:
     assert said[0].startswith("the inner gradient runs eagerly")
 
 
+def test_what_cannot_be_vectorised_runs_task_by_task_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = Branching().double()
+    expected = meta_gradient(MAML(model, 0.1, engine="loop"), episodes())
+    learner = MAML(model, 0.1)
+    with pytest.warns(UserWarning, match="tasks run one by one, as the model cannot be vectorised: vmap: It looks"):
+        assert deviation(meta_gradient(learner, episodes()), expected) < 1e-12
+    assert deviation(meta_gradient(learner, episodes()), expected) < 1e-12
+    with pytest.raises(RuntimeError, match="vmap"):
+        meta_gradient(MAML(model, 0.1, engine="vmap"), episodes())
+
+
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """`torch.compile` without code generation, which takes seconds; counts the graphs."""
