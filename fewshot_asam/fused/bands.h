@@ -61,3 +61,32 @@ void for_uncovered(const Shape &s, const Band &band, Body body) {
 }
 
 #define EACH_CHANNEL _Pragma("omp simd") for (int c = 0; c < C; c++)
+
+// From sums of (y - pivot) and of its square to the statistics, and from the pooled y, p, to the block's result; where
+// the ReLU is off, `code` becomes INACTIVE.
+template <typename real>
+void normalise(const Shape &s, double eps, const Sums &sums, const real *pivot, const real *gamma, const real *beta,
+               const real *p, real *out, Code *code, double *mean, double *rstd) {
+    const int C = int(s.channels);
+    std::vector<real> scales(C), shifts(C);
+    for (int c = 0; c < C; c++) {
+        const double shift = sums[c] / s.count(), variance = sums[C + c] / s.count() - shift * shift;
+        mean[c] = double(pivot[c]) + shift;
+        rstd[c] = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
+        scales[c] = real(gamma[c] * rstd[c]);
+        shifts[c] = real(beta[c] - mean[c] * gamma[c] * rstd[c]);
+    }
+    const real *scale = scales.data(), *shift = shifts.data();
+    for_bands<0, real>(s, [=, &s](const Band &band, real *) {
+        for_windows(s, band, [=](auto, auto, auto to) {
+            const real *__restrict best = p + to;
+            real *__restrict result = out + to;
+            Code *__restrict place = code + to;
+            EACH_CHANNEL {
+                const real v = best[c] * scale[c] + shift[c];
+                result[c] = v < 0 ? 0 : v;
+                place[c] = v > 0 ? place[c] : INACTIVE;
+            }
+        });
+    });
+}

@@ -74,7 +74,7 @@ void forward(const Shape &s, double eps, const real *x, const real *w, const rea
     using vec = typename Simd<real>::vec;
     constexpr int LANES = Simd<real>::LANES;
     const int C = int(s.channels);
-    std::vector<real> signs(C), pivots(C), scales(C), shifts(C);
+    std::vector<real> signs(C), pivots(C);
     for (int c = 0; c < C; c++) {
         signs[c] = gamma[c] < 0 ? -1 : 1;
         pivots[c] = at_place<CHANNELS>(s, x, w, s.height / 2, s.width / 2, c);
@@ -110,26 +110,7 @@ void forward(const Shape &s, double eps, const real *x, const real *w, const rea
                     part[C + c] += d * d;
                 }
     });
-    for (int c = 0; c < C; c++) {
-        const double shift = sums[c] / s.count(), variance = sums[C + c] / s.count() - shift * shift;
-        mean[c] = double(pivots[c]) + shift;
-        rstd[c] = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
-        scales[c] = real(gamma[c] * rstd[c]);
-        shifts[c] = real(beta[c] - mean[c] * gamma[c] * rstd[c]);
-    }
-    const real *scale = scales.data(), *shift = shifts.data();
-    for_bands<0, real>(s, [=, &s](const Band &band, real *) {
-        for_columns<real>(s, band, [=](auto, auto to) {
-            const real *__restrict best = p + to;
-            real *__restrict result = out + to;
-            Code *__restrict place = code + to;
-            EACH_CHANNEL {
-                const real v = best[c] * scale[c] + shift[c];
-                result[c] = v < 0 ? 0 : v;
-                place[c] = v > 0 ? place[c] : INACTIVE;
-            }
-        });
-    });
+    normalise(s, eps, sums, pivot, gamma, beta, p, out, code, mean, rstd);
 }
 
 // S and P1: rows of [K, PADDED], of which column K is P1.

@@ -18,7 +18,7 @@ template <typename real>
 void forward(const Shape &s, double eps, const real *y, const real *gamma, const real *beta, real *p, real *out,
              Code *code, double *mean, double *rstd) {
     const int C = int(s.channels);
-    std::vector<real> signs(C), scales(C), shifts(C);
+    std::vector<real> signs(C);
     for (int c = 0; c < C; c++) signs[c] = gamma[c] < 0 ? -1 : 1;
     const real *sign = signs.data(), *pivot = y;
     const Sums sums = for_bands<2, real>(s, [=, &s](const Band &band, real *part) {
@@ -47,26 +47,7 @@ void forward(const Shape &s, double eps, const real *y, const real *gamma, const
             }
         });
     });
-    for (int c = 0; c < C; c++) {
-        const double shift = sums[c] / s.count(), variance = sums[C + c] / s.count() - shift * shift;
-        mean[c] = double(y[c]) + shift;
-        rstd[c] = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
-        scales[c] = real(gamma[c] * rstd[c]);
-        shifts[c] = real(beta[c] - mean[c] * gamma[c] * rstd[c]);
-    }
-    const real *scale = scales.data(), *shift = shifts.data();
-    for_bands<0, real>(s, [=, &s](const Band &band, real *) {
-        for_windows(s, band, [=](auto, auto, auto to) {
-            const real *__restrict best = p + to;
-            real *__restrict result = out + to;
-            Code *__restrict place = code + to;
-            EACH_CHANNEL {
-                const real v = best[c] * scale[c] + shift[c];
-                result[c] = v < 0 ? 0 : v;
-                place[c] = v > 0 ? place[c] : INACTIVE;
-            }
-        });
-    });
+    normalise(s, eps, sums, pivot, gamma, beta, p, out, code, mean, rstd);
 }
 
 // dense = constant + slope * y + scale * G [+ weight * h], with a number a channel for each
