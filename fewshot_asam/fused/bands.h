@@ -90,3 +90,25 @@ void normalise(const Shape &s, double eps, const Sums &sums, const real *pivot, 
         });
     });
 }
+
+// What the derivative of a block's gradient needs of one channel, for cotangents h of gy, hbeta of A and hgamma of B,
+// with H = sum h, K = sum h*x and HG = sum h*G: the cotangent of y is
+//     constant + along_y * y + along_h * h + along_g * G
+// and that of an active place of g is from_h * h + from_one + along_g * (p - mean).
+struct SecondOrder {
+    double ggamma, constant, along_y, along_h, along_g, from_h, from_one;
+
+    // c1 * G + c2 * h is the cotangent of x, gamma * M that of rstd
+    SecondOrder(double gamma, double r, double mean, double N, double A, double B, double H, double K, double HG,
+                double hgamma, double hbeta) {
+        const double scale = gamma * r, M = HG - (A * H + B * K) / N;
+        const double c1 = hgamma - scale * K / N, c2 = -scale * B / N;
+        ggamma = r * M;
+        along_h = r * c2;
+        along_g = r * c1;
+        along_y = -r * (r * (c1 * B + c2 * K) / N + gamma * M * r * r / N);
+        constant = -r * (c1 * A + c2 * H) / N - along_y * mean;
+        from_h = scale;
+        from_one = hbeta - scale * H / N;
+    }
+};

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.autograd import Function
 from fewshot_asam.fused import first
 from fewshot_asam.fused.build import library
 from fewshot_asam.fused.compiled import KINDS, call, channels_last, pooled
-from fewshot_asam.fused.plain import plain_tail
+from fewshot_asam.fused.plain import gradient_of_gradient, plain_tail
 
 _enabled = ContextVar("fused blocks", default=True)
 
@@ -154,21 +155,10 @@ class _TailBackward(Function):
     def backward(ctx: Any, hy: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
         g, y, gamma, beta, best, place, statistics, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable((hy, hgamma, hbeta), g, y, gamma, beta, ctx.eps)
+            tail = partial(plain_tail, eps=ctx.eps)
+            return *gradient_of_gradient(tail, (hy, hgamma, hbeta), g, y, gamma, beta), None, None, None, None
         hy = channels_last(hy)
         gg, ggamma, gy = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(y)
         given = (hgamma.contiguous(), hbeta.contiguous(), g, place, best, y, gamma.contiguous(), *statistics, sums)
         call("tail_double_backward", y, hy, *given, gg, ggamma, gy)
         return gg, gy, ggamma, None, None, None, None, None
-
-
-def _differentiable(
-    cotangents: tuple[Tensor, ...], g: Tensor, y: Tensor, gamma: Tensor, beta: Tensor, eps: float
-) -> Any:
-    """The gradient of `_TailBackward`, itself differentiable."""
-    given = [value if value.requires_grad else value.detach().requires_grad_() for value in (g, y, gamma, beta)]
-    inputs = [value.view_as(value) for value in given]  # so that no path from one to another is followed
-    g, y, gamma, beta = inputs
-    grads = torch.autograd.grad(plain_tail(y, gamma, beta, eps), (y, gamma, beta), g, create_graph=True)
-    found = torch.autograd.grad(grads, inputs, cotangents, create_graph=True, allow_unused=True)
-    return *found, None, None, None, None

@@ -244,26 +244,22 @@ void double_backward(const Shape &s, const real *v, const real *hgamma, const re
     const int C = int(s.channels);
     const Sums sw = applied<CHANNELS>(second, w, C), sv = applied<CHANNELS>(second, v, C);
     std::vector<real> from_h(C), from_one(C), from_x(C), centres(mean, mean + C);
-    const double N = s.count();
     for (int c = 0; c < C; c++) {
-        const double r = rstd[c], scale = gamma[c] * r, A = ab[c], B = ab[C + c];
         double H = 0, HY = 0, HG = 0;
         for (int k = 0; k < K; k++) {
             H += double(v[k * C + c]) * second[k * M::PADDED + K];
             HY += double(v[k * C + c]) * sw[k * C + c];
             HG += double(v[k * C + c]) * gathered[k * C + c];
         }
-        const double KX = r * (HY - mean[c] * H), MG = HG - (A * H + B * KX) / N;
-        const double c1 = hgamma[c] - scale * KX / N, c2 = -scale * B / N;
-        const double slope = -r * (r * (c1 * B + c2 * KX) / N + gamma[c] * MG * r * r / N);
-        const double constant = -r * (c1 * A + c2 * H) / N - slope * mean[c];
-        ggamma[c] = real(r * MG);
+        const SecondOrder d(gamma[c], rstd[c], mean[c], s.count(), ab[c], ab[C + c], H, rstd[c] * (HY - mean[c] * H),
+                            HG, hgamma[c], hbeta[c]);
+        ggamma[c] = real(d.ggamma);
         for (int k = 0; k < K; k++)
-            gw[k * C + c] = real(r * c2 * sv[k * C + c] + constant * second[k * M::PADDED + K] +
-                                 slope * sw[k * C + c] + r * c1 * gathered[k * C + c]);
-        from_h[c] = real(scale);
-        from_one[c] = real(hbeta[c] - scale * H / N);
-        from_x[c] = real(c1 * r);
+            gw[k * C + c] = real(d.along_h * sv[k * C + c] + d.constant * second[k * M::PADDED + K] +
+                                 d.along_y * sw[k * C + c] + d.along_g * gathered[k * C + c]);
+        from_h[c] = real(d.from_h);
+        from_one[c] = real(d.from_one);
+        from_x[c] = real(d.along_g);
     }
     const real *fh = from_h.data(), *f1 = from_one.data(), *fx = from_x.data(), *centre = centres.data();
     for_bands<0, real>(s, [=, &s](const Band &band, real *) {

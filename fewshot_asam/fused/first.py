@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd import Function
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fewshot_asam.fused.compiled import call, channels_last, pooled
-from fewshot_asam.fused.plain import plain_tail
+from fewshot_asam.fused.plain import gradient_of_gradient, plain_tail
 
 CHANNELS = (1, 3)
 REGISTER = 64
@@ -98,22 +99,16 @@ class _FirstBackward(Function):
     def backward(ctx: Any, hfilters: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
         g, filters, gamma, beta, x, padded, moments, best, place, statistics, gathered, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = _differentiable((hfilters, hgamma, hbeta), g, filters, gamma, beta, x, ctx.eps)
+            block = partial(_plain_block, x, eps=ctx.eps)
+            found = gradient_of_gradient(block, (hfilters, hgamma, hbeta), g, filters, gamma, beta)
         else:
             gg, ggamma, gfilters = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(filters)
             given = (hfilters.contiguous(), hgamma.contiguous(), hbeta.contiguous(), padded, filters, moments, place)
             more = (best, gamma.contiguous(), *statistics, gathered, sums, gg, ggamma, gfilters)
             call(f"first_double_backward_{x.shape[1]}", _like(x, len(gamma)), *given, *more)
-            found = gg, gfilters, ggamma, None
+            found = (gg, gfilters, ggamma, None)  # type: ignore[assignment]
         return *found, *[None] * 7
 
 
-def _differentiable(
-    cotangents: tuple[Tensor, ...], g: Tensor, filters: Tensor, gamma: Tensor, beta: Tensor, x: Tensor, eps: float
-) -> Any:
-    """The gradient of `_FirstBackward`, itself differentiable."""
-    given = [v if v.requires_grad else v.detach().requires_grad_() for v in (g, filters, gamma, beta)]
-    g, filters, gamma, beta = inputs = [value.view_as(value) for value in given]
-    y = F.conv2d(x, filters.permute(3, 2, 0, 1), padding=1)
-    grads = torch.autograd.grad(plain_tail(y, gamma, beta, eps), (filters, gamma, beta), g, create_graph=True)
-    return torch.autograd.grad(grads, inputs, cotangents, create_graph=True, allow_unused=True)
+def _plain_block(x: Tensor, filters: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return plain_tail(F.conv2d(x, filters.permute(3, 2, 0, 1), padding=1), gamma, beta, eps)

@@ -147,24 +147,20 @@ void double_backward(const Shape &s, const real *h, const real *hgamma, const re
             }
         });
     });
-    // c1 * G + c2 * h is the cotangent of x, gamma * M that of rstd
     Expansion<real> e(C);
-    std::vector<real> from_h(C), from_one(C), from_x(C);
+    std::vector<real> from_h(C), from_one(C);
     for (int c = 0; c < C; c++) {
-        const double r = rstd[c], scale = gamma[c] * r, N = s.count(), A = ab[c], B = ab[C + c];
-        const double H = sums[c], K = sums[C + c] * r, M = sums[2 * C + c] - (A * H + B * K) / N;
-        const double c1 = hgamma[c] - scale * K / N, c2 = -scale * B / N;
-        const double slope = -r * (r * (c1 * B + c2 * K) / N + gamma[c] * M * r * r / N);
-        ggamma[c] = real(r * M);
-        e.weight[c] = real(r * c2);
-        e.scale[c] = real(r * c1);
-        e.slope[c] = real(slope);
-        e.constant[c] = real(-r * (c1 * A + c2 * H) / N - slope * mean[c]);
-        from_h[c] = real(scale);
-        from_one[c] = real(hbeta[c] - scale * H / N);
-        from_x[c] = real(c1 * r);
+        const SecondOrder d(gamma[c], rstd[c], mean[c], s.count(), ab[c], ab[C + c], sums[c], sums[C + c] * rstd[c],
+                            sums[2 * C + c], hgamma[c], hbeta[c]);
+        ggamma[c] = real(d.ggamma);
+        e.constant[c] = real(d.constant);
+        e.slope[c] = real(d.along_y);
+        e.weight[c] = real(d.along_h);
+        e.scale[c] = real(d.along_g);
+        from_h[c] = real(d.from_h);
+        from_one[c] = real(d.from_one);
     }
-    const real *fh = from_h.data(), *f1 = from_one.data(), *fx = from_x.data();
+    const real *fh = from_h.data(), *f1 = from_one.data(), *fx = e.scale.data();
     for_bands<0, real>(s, [=, &s](const Band &band, real *) {
         for_windows(s, band, [=](auto, auto, auto to) {
             const real *__restrict best = p + to;
