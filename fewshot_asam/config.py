@@ -10,6 +10,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from fewshot_asam import distributed
 from fewshot_asam.data import DATASETS, Dataset, load_dataset
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
@@ -189,7 +190,18 @@ def resolve_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise FewShotError("device is 'cuda', but this machine has no usable CUDA device; use --device cpu or auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    if distributed.size() == 1:
+        return torch.device("cuda")
+    own, gpus = distributed.local_rank(), torch.cuda.device_count()
+    if own >= gpus:
+        raise FewShotError(
+            f"process {own} of this machine has no GPU of its own, as {gpus} are visible; start at most {gpus} "
+            "processes a machine, or use --device cpu"
+        )
+    torch.cuda.set_device(own)
+    return torch.device("cuda", own)
 
 
 def load_data(config: TrainConfig, device: torch.device) -> Dataset:

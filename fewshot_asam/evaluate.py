@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fewshot_asam import distributed
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.meta import MetaLearner
@@ -41,14 +43,26 @@ def paired_difference(first: Tensor, second: Tensor) -> Interval:
     return interval(first - second)
 
 
-def evaluate(learner: MetaLearner, sampler: EpisodeSampler, tasks: int, steps: int) -> Tensor:
+def evaluate(
+    learner: MetaLearner,
+    sampler: EpisodeSampler,
+    tasks: int,
+    steps: int,
+    between: Callable[[], object] = lambda: None,
+) -> Tensor:
     """The accuracy on each of `tasks` new tasks, float `[tasks]` on the CPU; no graph is built.
 
-    A fresh sampler of the same seed gives the same tasks, so learners can be compared task by task.
+    A fresh sampler of the same seed gives the same tasks, so learners can be compared task by task. Several processes
+    of one job share the tasks, and each returns all accuracies. `between` is called every `TASKS_AT_ONCE` tasks.
     """
-    accuracies = []
+    accuracies = torch.zeros(tasks, device=sampler.images.images.device)
     with torch.no_grad():
         for start in range(0, tasks, TASKS_AT_ONCE):
+            between()
             episodes = sampler.sample(min(TASKS_AT_ONCE, tasks - start))
-            accuracies.append(learner.meta_loss(episodes, steps, sampler.augmentation).accuracy)
-    return torch.cat(accuracies).cpu()
+            batch, own = learner.batch(episodes, sampler.augmentation), distributed.share(episodes.tasks)
+            if own.start < own.stop:
+                found = learner.batch_loss(batch.part(own), steps).accuracy
+                accuracies[start + own.start : start + own.stop] = found
+    distributed.add(accuracies)
+    return accuracies.cpu()

@@ -194,7 +194,11 @@ class MetaLearner(nn.Module):
 
         **Returns:** `MetaOutput`: `loss` (scalar), `logits` `[T, N*Q, N]`, `accuracy` `[T]`.
         """
-        return self._run(engines.meta_loss, self.batch(episodes, generator), _checked(steps))
+        return self.batch_loss(self.batch(episodes, generator), steps)
+
+    def batch_loss(self, tasks: Batch, steps: int) -> MetaOutput:
+        """`meta_loss` of the tensors that `batch` gave, or of a part of them."""
+        return self._run(engines.meta_loss, tasks, _checked(steps))
 
     def meta_backward(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
         """`meta_loss(...).loss.backward()` in less memory: task by task where the engine is `loop`."""

@@ -3,33 +3,88 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from fewshot_asam.checkpoint import write_atomically
-from fewshot_asam.config import TrainConfig
+from fewshot_asam import distributed
+from fewshot_asam.checkpoint import SCRATCH, tidy, write_atomically
+from fewshot_asam.config import TrainConfig, to_yaml
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import Interval
 
 Row = dict[str, Any]
 
+LOCK = ".lock"
+"""The file of a run folder that the process training into it holds locked."""
 
-def create(config: TrainConfig) -> Path:
-    """A new, empty run folder; raises `FewShotError` where there is something already."""
-    folder = config.output_dir or _free(Path("runs"), config.title)
-    if (folder / "config.yaml").exists():
-        raise FewShotError(f"{folder} holds a run already; continue it with --resume, or choose another --output-dir")
+
+@contextmanager
+def opened(config: TrainConfig, resume: bool) -> Iterator[Path]:
+    """The run's folder, a new one unless `resume`, with its settings written; no other process may train into it.
+
+    Raises `FewShotError` where it cannot be made or written, holds other things or is being trained into.
+    """
+    with ExitStack() as held:
+
+        def claimed() -> Path:
+            if not distributed.is_first():
+                return Path()
+            folder = config.output_dir if resume and config.output_dir else _made(config)
+            held.enter_context(_locked(folder))
+            if not resume:
+                _require_empty(folder)
+            tidy(folder)
+            write_text(folder / "config.yaml", to_yaml(config))
+            return folder
+
+        yield distributed.from_first(distributed.agreed(claimed))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system releases when the process ends, however it ends."""
+    lock = FileLock(folder / LOCK)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise FewShotError(f"{folder} is not empty; choose a new --output-dir")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FewShotError(f"another process is training into {folder}; choose another folder") from error
+    except (OSError, NotImplementedError) as error:
+        raise FewShotError(
+            f"the run folder {folder} cannot be written ({error}); choose another --output-dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _made(config: TrainConfig) -> Path:
+    folder = config.output_dir or _free(Path("runs"), config.title)
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(config.output_dir))
+        _require_empty(folder)
     except OSError as error:
         raise FewShotError(f"the run folder {folder} cannot be made ({error}); choose another --output-dir") from error
     return folder
+
+
+def _require_empty(folder: Path) -> None:
+    if (folder / "config.yaml").exists():
+        raise FewShotError(f"{folder} holds a run already; continue it with --resume, or choose another --output-dir")
+    if {path.name for path in folder.iterdir()} - {LOCK, *(path.name for path in folder.glob(SCRATCH))}:
+        raise FewShotError(f"{folder} is not empty; choose a new --output-dir")
 
 
 def _free(parent: Path, title: str) -> Path:
@@ -72,29 +127,66 @@ def read_metrics(folder: Path) -> list[Row]:
 class MetricsLog:
     """Appends rows to `metrics.jsonl` and their numbers to TensorBoard's events.
 
-    Rows beyond iteration `resumed_at` are dropped first, so that a resumed run repeats none.
+    Rows beyond iteration `resumed_at` are dropped first and the events are written anew from the others, so that a
+    resumed run repeats none. Events carry the time that was spent on training, not what passed while a run was stopped.
+    Raises `FewShotError` where they cannot be written.
     """
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter  # slow to import
-
+        self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["iteration"] <= resumed_at]
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder), purge_step=resumed_at + 1)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()
+        self._seconds = max((row.get("seconds", 0.0) for row in kept), default=0.0)
+        self._began = time.time() - self._seconds
+        self._lines = self.path.open("ab")
+        self._events = (folder / f"events.out.tfevents.{self._began:.0f}.{socket.gethostname()}").open("ab")
+        self._board = RecordWriter(self._events)
+        self._write(self._event(file_version="brain.Event:2"))
+        for row in kept:
+            self._draw(row)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._lines.close()
-        self._board.close()
+        with suppress(OSError):  # of what could not be written before either
+            self._lines.close()
+        with suppress(OSError):
+            self._events.close()
 
     def add(self, iteration: int, **values: float) -> None:
         """One row: the numbers known after `iteration` meta-batches."""
-        self._lines.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, iteration)
+        row = {"iteration": iteration, **values}
+        with self._reported():
+            self._lines.write(json.dumps(row).encode() + b"\n")
+            self._lines.flush()
+            self._draw(row)
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk."""
+        with self._reported():
+            os.fsync(self._lines.fileno())
+
+    def _draw(self, row: Row) -> None:
+        self._seconds = row.get("seconds", self._seconds)
+        numbers = [Summary.Value(tag=tag, simple_value=number) for tag, number in row.items() if tag != "iteration"]
+        self._write(self._event(step=row["iteration"], summary=Summary(value=numbers)))
+
+    def _event(self, **content: Any) -> Event:
+        return Event(wall_time=self._began + self._seconds, **content)
+
+    def _write(self, event: Event) -> None:
+        self._board.write(event.SerializeToString())
+        self._board.flush()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FewShotError(f"{self.path} cannot be written ({error}); the last checkpoint is intact") from error
 
 
 def draw_curves(folder: Path, title: str, test: Interval) -> None:

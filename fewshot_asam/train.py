@@ -1,103 +1,51 @@
-"""The meta-training loop: Adam at the upper level, validation on fixed tasks, checkpoints, the final test."""
+"""The meta-training loop: iterations, validation on fixed tasks, checkpoints, the final test."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import nullcontext
+from signal import Signals
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from fewshot_asam import __version__, engine, runs, upper
-from fewshot_asam.checkpoint import load_state, load_weights, save_state, save_weights
-from fewshot_asam.config import TrainConfig, build_learner, load_data, plain, resolve_device, to_yaml
-from fewshot_asam.data import Dataset
-from fewshot_asam.data.images import ImageSet
+from fewshot_asam import __version__, distributed, engine, runs
+from fewshot_asam.checkpoint import latest_state
+from fewshot_asam.config import TrainConfig, load_data, plain, resolve_device
+from fewshot_asam.distributed import PeerLost
 from fewshot_asam.engine.precision import precision
-from fewshot_asam.episodes import EpisodeSampler
-from fewshot_asam.errors import FewShotError
+from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.evaluate import Interval, evaluate, interval
-from fewshot_asam.meta import MetaLearner
 from fewshot_asam.models import unvectorisable_layers
+from fewshot_asam.stop import Stop, Stopped
+from fewshot_asam.trainer import Trainer, build, evaluation_sampler
 
-EVALUATION_SEED = 0
-"""Of the validation and test tasks: the same for every run, whatever its own seed."""
 ROWS = 500
 """About as many lines of training metrics are kept of a run."""
-INTERVALS = ("validate_every", "checkpoint_every")
-"""Settings after so many iterations of which the training numbers must have been read."""
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds beside tensors."""
-
-    iteration: int = 0
-    best_accuracy: float = -1.0
-    best_iteration: int = 0
-    seconds: float = 0.0
-    engine: str = ""
-    """what `auto` chose, so that a resumed run goes on in the same way"""
-
-
-@dataclass
-class Trainer:
-    """All that changes while training, and what it needs."""
-
-    config: TrainConfig
-    folder: Path
-    learner: MetaLearner
-    dataset: Dataset
-    train_tasks: EpisodeSampler
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    iterate: upper.Iteration
-    progress: Progress = field(default_factory=Progress)
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on."""
-        return {
-            "package_version": __version__,
-            "progress": vars(self.progress),
-            "model": self.learner.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "train_tasks": self.train_tasks.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state that `state` gave; raises `FewShotError` where it is of another run."""
-        try:
-            self.progress = Progress(**state["progress"])
-            self.learner.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.train_tasks.load_state_dict(state["train_tasks"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise FewShotError(
-                f"{self.folder / 'state.pt'} is not of a run with these settings, this package ({__version__}) and "
-                f"this kind of device ({' '.join(str(error).split())})"
-            ) from error
 
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """Trains, tests and writes the run folder; prints one line with the test accuracy.
 
-    **Returns:** what `summary.json` holds. Raises `FewShotError` for settings that cannot be run and for a loss that is
-    not finite; the last checkpoint stays.
+    SIGINT and SIGTERM end the iteration, save the state and raise `Stopped`, a `KeyboardInterrupt`.
+
+    **Returns:** what `summary.json` holds. Raises `FewShotError` for settings that cannot be run, for a loss that is
+    not finite and where the run folder cannot be written; the last checkpoint stays.
     """
-    device = resolve_device(config.device)
-    dataset = load_data(config, device)
+    device = distributed.agreed(lambda: resolve_device(config.device))
+    dataset = distributed.one_a_machine_first(lambda: load_data(config, device))
     with precision(config.precision, device):
-        trainer = _trainer(config, dataset, device, resume)
-        _announce(trainer, device)
-        _fit(trainer)
-        summary = _test(trainer, device)
+        trainer = distributed.agreed(lambda: build(config, dataset, device))
+        with runs.opened(config, resume) as trainer.folder:
+            if resume:
+                trainer.restore()
+            _announce(trainer)
+            if config.compiled and not _finished(trainer):
+                _compile(trainer)
+            summary = _trained_and_tested(trainer)
     accuracy = Interval(summary["test_accuracy"], summary["test_ci95"])
-    print(f"test accuracy {result_text(config, accuracy, config.test_tasks)}; see {trainer.folder / 'curves.png'}")
+    _say(f"test accuracy {result_text(config, accuracy, config.test_tasks)}; see {trainer.folder / 'curves.png'}")
     return summary
 
 
@@ -110,52 +58,41 @@ def result_text(config: TrainConfig, accuracy: Interval, tasks: int) -> str:
     )
 
 
-def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUATION_SEED) -> EpisodeSampler:
-    """A fresh sampler of validation or test tasks."""
-    return EpisodeSampler(images, config.ways, config.shots, config.queries, seed=seed)
+def _say(text: str, end: str = "\n") -> None:
+    if distributed.is_first():
+        print(text, end=end, flush=True)
 
 
-def _trainer(config: TrainConfig, dataset: Dataset, device: torch.device, resume: bool) -> Trainer:
-    learner = build_learner(config, dataset.train.shape).to(device)
-    train_tasks = EpisodeSampler(dataset.train, config.ways, config.shots, config.queries, seed=config.seed)
-    for images in (dataset.val, dataset.test):
-        evaluation_sampler(config, images)
-    optimizer = upper.optimizer(learner, config)
-    schedule = upper.schedule(optimizer, config)
-    iterate = upper.iteration(learner, optimizer, config)
-    folder = config.output_dir if resume and config.output_dir else runs.create(config)
-    trainer = Trainer(config, folder, learner, dataset, train_tasks, optimizer, schedule, iterate)
-    if resume and (folder / "state.pt").exists():
-        trainer.load(load_state(folder / "state.pt"))
-    runs.write_text(folder / "config.yaml", to_yaml(config))
-    return trainer
-
-
-def _announce(trainer: Trainer, device: torch.device) -> None:
+def _announce(trainer: Trainer) -> None:
     config, dataset = trainer.config, trainer.dataset
     classes = " / ".join(str(len(images.names)) for images in (dataset.train, dataset.val, dataset.test))
     size = sum(p.numel() for p in trainer.learner.parameters())
-    print(f"{config.title} in {trainer.folder}: {config.model} of {size:,} parameters on {device}, {config.norm} norm")
-    print(f"{config.dataset}: {classes} classes for training / validation / test")
-    choice = _engine(trainer, device)
+    processes = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
+    _say(
+        f"{config.title} in {trainer.folder}: {config.model} of {size:,} parameters on {trainer.device}{processes}, "
+        f"{config.norm} norm"
+    )
+    _say(f"{config.dataset}: {classes} classes for training / validation / test")
+    choice = distributed.from_first(_engine(trainer))
     trainer.learner.engine = trainer.progress.engine = choice.name
-    print(f"engine {choice.name}{_options(config, device)}: {choice.reason}", flush=True)
+    _say(f"engine {choice.name}{_options(trainer)}: {choice.reason}")
     if trainer.progress.iteration >= config.iterations:
-        print(f"all {config.iterations} iterations are done; --iterations can be raised where the schedule is constant")
-    elif _out_of_time(config, trainer.progress):
-        print(f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on", flush=True)
+        _say(f"all {config.iterations} iterations are done; --iterations can be raised where the schedule is constant")
+    elif _out_of_time(trainer):
+        _say(f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on")
 
 
-def _engine(trainer: Trainer, device: torch.device) -> engine.Choice:
+def _engine(trainer: Trainer) -> engine.Choice:
     """The engine by rule, or by the clock on a CPU where both can run; a resumed run keeps its own."""
     config, learner = trainer.config, trainer.learner
-    choice = engine.choose(config.engine, learner.model, device, trainer.dataset.train.shape[-1])
-    if config.engine != "auto" or device.type != "cpu" or config.compiled or unvectorisable_layers(learner.model):
+    choice = engine.choose(config.engine, learner.model, trainer.device, trainer.dataset.train.shape[-1])
+    if config.engine != "auto" or trainer.device.type != "cpu" or config.compiled:
+        return choice
+    if unvectorisable_layers(learner.model):
         return choice
     if trainer.progress.engine:
         return engine.Choice("vmap" if trainer.progress.engine == "vmap" else "loop", "as before")
-    sampler = EpisodeSampler(trainer.dataset.train, config.ways, config.shots, config.queries)
-    episodes = sampler.sample(config.meta_batch_size)
+    sampler, episodes = _trial(trainer)
 
     def iterate(name: engine.Tasks) -> None:
         learner.engine = name
@@ -165,85 +102,107 @@ def _engine(trainer: Trainer, device: torch.device) -> engine.Choice:
     return engine.measured(choice, iterate)
 
 
-def _options(config: TrainConfig, device: torch.device) -> str:
+def _trial(trainer: Trainer) -> tuple[EpisodeSampler, Episodes]:
+    """A meta-batch to try things on, as large as this process's share, which leaves the run's own stream of tasks."""
+    config = trainer.config
+    sampler = EpisodeSampler(trainer.dataset.train, config.ways, config.shots, config.queries)
+    return sampler, sampler.sample(config.meta_batch_size)[distributed.share(config.meta_batch_size)]
+
+
+def _options(trainer: Trainer) -> str:
     """How the engine runs beyond its name."""
-    captured = config.cuda_graph and device.type == "cuda"
+    config = trainer.config
+    captured = config.cuda_graph and trainer.device.type == "cuda"
     wanted = {"compiled": config.compiled, "recomputing": config.recompute, "recorded": captured}
     wanted[config.precision] = config.precision != "float32"
     return "".join(f", {name}" for name, chosen in wanted.items() if chosen)
 
 
-def _fit(trainer: Trainer) -> None:
-    config, progress = trainer.config, trainer.progress
-    every = max(1, config.iterations // ROWS)
-    done, total = progress.iteration, config.iterations
-    unread: list[Tensor] = []
-    if config.compiled and done < total:
-        _compile(trainer)
-    started = time.monotonic() - progress.seconds
-    bar = tqdm(total=total, initial=done, unit="it", desc="training", dynamic_ncols=True, mininterval=0.5)
-    with bar, runs.MetricsLog(trainer.folder, progress.iteration) as log:
-        while progress.iteration < config.iterations and not _out_of_time(config, progress):
-            unread.append(_iterate(trainer))
-            progress.iteration += 1
-            progress.seconds = time.monotonic() - started
-            last = progress.iteration == config.iterations or _out_of_time(config, progress)
-            due = {name: last or progress.iteration % getattr(config, name) == 0 for name in INTERVALS}
-            if last or progress.iteration % every == 0 or any(due.values()):
-                _report(trainer, bar, log, _read(trainer, unread))
-                unread.clear()
-            if due["validate_every"]:
-                _validate(trainer, log)
-            if due["checkpoint_every"]:
-                save_weights(trainer.folder / "last.safetensors", trainer.learner.model)
-                save_state(trainer.folder / "state.pt", trainer.state())
-            bar.update()
-        if not (trainer.folder / "best.safetensors").exists():
-            _validate(trainer, log)
-
-
 def _compile(trainer: Trainer) -> None:
     """Compiles by an iteration that is thrown away, so that it takes no training time."""
-    config, started = trainer.config, time.monotonic()
-    print("compiling, a minute or two the first time ...", end="", flush=True)
-    sampler = EpisodeSampler(trainer.dataset.train, config.ways, config.shots, config.queries)
-    trainer.learner.meta_backward(sampler.sample(config.meta_batch_size), config.inner_steps, sampler.augmentation)
+    started = time.monotonic()
+    _say("compiling, a minute or two the first time ...", end="")
+    sampler, episodes = _trial(trainer)
+    trainer.learner.meta_backward(episodes, trainer.config.inner_steps, sampler.augmentation)
     trainer.learner.zero_grad()
-    print(f" done in {time.monotonic() - started:.0f} s", flush=True)
+    _say(f" done in {time.monotonic() - started:.0f} s")
 
 
-def _out_of_time(config: TrainConfig, progress: Progress) -> bool:
-    return config.max_minutes is not None and progress.seconds >= 60 * config.max_minutes
+def _trained_and_tested(trainer: Trainer) -> dict[str, Any]:
+    try:
+        with Stop() as stop:
+            _fit(trainer, stop)
+            return _test(trainer, stop)
+    except Stopped as stopped:
+        reason = f"stopped by {Signals(stopped.number).name}"
+        raise Stopped(stopped.number, f"{reason}; {_how_to_go_on(trainer)}") from stopped
+    except PeerLost as error:
+        raise PeerLost(f"{error}; {_how_to_go_on(trainer)}") from error
 
 
-def _iterate(trainer: Trainer) -> Tensor:
-    """One meta-batch and its step; returns numbers that are still on the device."""
-    episodes = trainer.train_tasks.sample(trainer.config.meta_batch_size)
-    numbers = trainer.iterate(trainer.learner.batch(episodes, trainer.train_tasks.augmentation))
-    trainer.schedule.step()
-    return numbers
+def _how_to_go_on(trainer: Trainer) -> str:
+    state = latest_state(trainer.folder)
+    start = f"after iteration {int(state.stem)} of {trainer.config.iterations}" if state else "from the start"
+    return f"train_maml --resume --output-dir {trainer.folder} goes on {start}"
 
 
-def _read(trainer: Trainer, unread: list[Tensor]) -> Tensor:
-    """The numbers of the latest iterations `[n, 3]`; raises `FewShotError` where one is not finite."""
-    numbers = torch.stack(unread).cpu()
-    bad = (~numbers.isfinite()).any(1).nonzero()
-    if len(bad) == 0:
-        return numbers
-    config, saved, first = trainer.config, trainer.folder / "last.safetensors", int(bad[0])
-    loss, _, norm = numbers[first].tolist()
-    raise FewShotError(
-        f"the query loss is {loss:g} and the meta-gradient's norm {norm:g} at iteration "
-        f"{trainer.progress.iteration - len(unread) + first + 1}; the likely cause is an inner_lr "
-        f"({config.inner_lr:g}), rho ({config.rho:g}) or meta_lr ({config.meta_lr:g}) that is too large: lower it or "
-        "set clip_grad. "
-        + (f"The last good checkpoint is {saved}" if saved.exists() else "No checkpoint had been written yet")
+def _fit(trainer: Trainer, stop: Stop) -> None:
+    done, total = trainer.progress.iteration, trainer.config.iterations
+    first = distributed.is_first()
+    bar = tqdm(
+        total=total, initial=done, unit="it", desc="training", dynamic_ncols=True, mininterval=0.5, disable=not first
     )
+    with bar, runs.MetricsLog(trainer.folder, done) if first else nullcontext() as log:
+        try:
+            _loop(trainer, stop, bar, log)
+        except (Stopped, PeerLost) as error:
+            if isinstance(error, Stopped) or trainer.device.type == "cpu":  # a GPU would wait for the lost process
+                trainer.save()
+            raise
 
 
-def _report(trainer: Trainer, bar: Any, log: runs.MetricsLog, numbers: Tensor) -> None:
+def _loop(trainer: Trainer, stop: Stop, bar: Any, log: runs.MetricsLog | None) -> None:
+    progress, config = trainer.progress, trainer.config
+    every = max(1, config.iterations // ROWS)
+    started = time.monotonic() - progress.seconds
+    saved = (progress.iteration, progress.validated)
+    while True:
+        last = _finished(trainer)
+        validation_due = last or progress.iteration % config.validate_every == 0
+        if trainer.unread and (validation_due or progress.iteration % every == 0):
+            _report(trainer, bar, log)
+        if validation_due and progress.validated < progress.iteration:
+            _validate(trainer, stop, log)
+        reached = (progress.iteration, progress.validated)
+        if (last or progress.iteration % config.checkpoint_every == 0) and saved != reached:
+            if log is not None:
+                log.sync()
+            trainer.save()
+            saved = reached
+        if last:
+            return
+        stop.check()
+        trainer.advance()
+        progress.seconds = time.monotonic() - started
+        bar.update()
+
+
+def _finished(trainer: Trainer) -> bool:
+    return trainer.progress.iteration >= trainer.config.iterations or _out_of_time(trainer)
+
+
+def _out_of_time(trainer: Trainer) -> bool:
+    """Whether the minutes are over, on the clock of any process."""
+    minutes = trainer.config.max_minutes
+    return minutes is not None and distributed.largest(trainer.progress.seconds) >= 60 * minutes
+
+
+def _report(trainer: Trainer, bar: Any, log: runs.MetricsLog | None) -> None:
     progress = trainer.progress
-    loss, accuracy, _ = numbers.double().mean(0).tolist()
+    loss, accuracy, _ = trainer.read().double().mean(0).tolist()
+    trainer.unread.clear()
+    if log is None:
+        return
     log.add(progress.iteration, train_loss=loss, train_accuracy=accuracy, seconds=progress.seconds)
     rate = bar.format_dict["rate"] or progress.iteration / progress.seconds
     tasks = f"{rate * trainer.config.meta_batch_size:.0f} tasks/s"
@@ -252,22 +211,24 @@ def _report(trainer: Trainer, bar: Any, log: runs.MetricsLog, numbers: Tensor) -
     bar.set_postfix_str(text, refresh=False)
 
 
-def _validate(trainer: Trainer, log: runs.MetricsLog) -> None:
+def _validate(trainer: Trainer, stop: Stop, log: runs.MetricsLog | None) -> None:
     config, progress = trainer.config, trainer.progress
     sampler = evaluation_sampler(config, trainer.dataset.val)
-    result = interval(evaluate(trainer.learner, sampler, config.validate_tasks, config.inner_steps))
-    log.add(progress.iteration, val_accuracy=result.mean, val_ci95=result.half_width)
-    best = trainer.folder / "best.safetensors"
-    if result.mean > progress.best_accuracy or not best.exists():
+    accuracies = evaluate(trainer.learner, sampler, config.validate_tasks, config.inner_steps, stop.check)
+    result = interval(accuracies)
+    if log is not None:
+        log.add(progress.iteration, val_accuracy=result.mean, val_ci95=result.half_width)
+    progress.validated = progress.iteration
+    if result.mean > progress.best_accuracy:
         progress.best_accuracy, progress.best_iteration = result.mean, progress.iteration
-        save_weights(best, trainer.learner.model)
+        trainer.keep_best()
 
 
-def _test(trainer: Trainer, device: torch.device) -> dict[str, Any]:
-    config, progress = trainer.config, trainer.progress
-    load_weights(trainer.folder / "best.safetensors", trainer.learner.model)
+def _test(trainer: Trainer, stop: Stop) -> dict[str, Any]:
+    config, progress, device = trainer.config, trainer.progress, trainer.device
+    trainer.learner.model.load_state_dict(trainer.best)
     sampler = evaluation_sampler(config, trainer.dataset.test)
-    result = interval(evaluate(trainer.learner, sampler, config.test_tasks, config.inner_steps))
+    result = interval(evaluate(trainer.learner, sampler, config.test_tasks, config.inner_steps, stop.check))
     summary = {
         **plain(config),
         "test_accuracy": result.mean,
@@ -277,9 +238,11 @@ def _test(trainer: Trainer, device: torch.device) -> dict[str, Any]:
         "engine": progress.engine,
         "val_accuracy": progress.best_accuracy,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": distributed.size(),
         "wall_seconds": round(progress.seconds, 1),
         "package_version": __version__,
     }
-    runs.write_summary(trainer.folder, summary)
-    runs.draw_curves(trainer.folder, config.title, result)
+    if distributed.is_first():
+        runs.write_summary(trainer.folder, summary)
+        runs.draw_curves(trainer.folder, config.title, result)
     return summary

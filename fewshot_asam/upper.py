@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewshot_asam import engine
+from fewshot_asam import distributed, engine
 from fewshot_asam.config import TrainConfig
 from fewshot_asam.engine import Batch
 from fewshot_asam.engine.capture import Captured, CudaGraphs
@@ -32,19 +32,43 @@ def schedule(adam: torch.optim.Adam, config: TrainConfig) -> torch.optim.lr_sche
 
 
 def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainConfig) -> Iteration:
-    """The meta-iteration, recorded as a CUDA graph where it runs on a GPU and that is wanted."""
+    """The meta-iteration, recorded as a CUDA graph where it runs on a GPU and that is wanted.
+
+    Several processes of one job are given the same meta-batch: each computes the gradient of its share, and one flat
+    tensor is summed over them, so all take the same step. What is summed is not recorded.
+    """
     parameters = list(learner.parameters())
 
-    def body(tasks: Batch) -> Tensor:
+    def gradient(tasks: Batch) -> Tensor:
+        """The meta-gradient, the loss and the accuracy of some tasks, `[parameters + 2]`."""
         adam.zero_grad()
         output = engine.meta_backward(learner.lower, tasks, config.inner_steps, learner.way(tasks))
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+        return torch.cat([g.flatten() for g in (*gradients, output.loss, output.accuracy.mean())])
+
+    def step(flat: Tensor) -> Tensor:
+        *gradients, loss, accuracy = torch.split(flat, [*(p.numel() for p in parameters), 1, 1])
+        for parameter, value in zip(parameters, gradients, strict=True):
+            parameter.grad = value.view_as(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
         adam.step()
-        return torch.stack([output.loss, output.accuracy.mean(), norm])
+        return torch.cat([loss, accuracy, norm[None]])
 
-    if config.cuda_graph and parameters[0].device.type == "cuda":
-        return Captured(body, CudaGraphs())
-    return body
+    def recorded(body: Iteration) -> Iteration:
+        wanted = config.cuda_graph and parameters[0].device.type == "cuda"
+        return Captured(body, CudaGraphs()) if wanted else body
+
+    if distributed.size() == 1:
+        return recorded(lambda tasks: step(gradient(tasks)))
+    own_gradient = recorded(gradient)
+
+    def together(tasks: Batch) -> Tensor:
+        own = tasks.part(distributed.share(tasks.tasks))
+        flat = own_gradient(own) * (own.tasks / tasks.tasks)
+        distributed.add(flat)
+        return step(flat)
+
+    return together
 
 
 def _rate(config: TrainConfig, index: int) -> float:

@@ -138,10 +138,11 @@ def test_a_run_that_never_saved_resumes_from_the_start(trained: dict[str, Path],
 def test_what_cannot_be_resumed_is_said(trained: dict[str, Path], tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained["maml"], folder)
-    config, state = folder / "config.yaml", folder / "state.pt"
+    config = folder / "config.yaml"
     if damage == "cut":
-        state.write_bytes(state.read_bytes()[:100])
-        assert_one_line(run("train_maml", "--resume", "--output-dir", folder), "state.pt is damaged")
+        for state in (folder / "checkpoints").iterdir():
+            state.write_bytes(state.read_bytes()[:100])
+        assert_one_line(run("train_maml", "--resume", "--output-dir", folder), "no checkpoint is left")
     elif damage == "other run":
         config.write_text(config.read_text().replace("hidden: 4", "hidden: 8"))
         assert_one_line(run("train_maml", "--resume", "--output-dir", folder), "is not of a run with these settings")

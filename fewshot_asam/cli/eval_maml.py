@@ -24,7 +24,8 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import evaluate, interval, paired_difference
 from fewshot_asam.inner import RuleName
 from fewshot_asam.memory import keep_freed_memory
-from fewshot_asam.train import evaluation_sampler, result_text
+from fewshot_asam.train import result_text
+from fewshot_asam.trainer import evaluation_sampler
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def command(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
-    return run(command, argv, "interrupted")
+    return run(command, argv)
 
 
 if __name__ == "__main__":

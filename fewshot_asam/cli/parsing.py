@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -13,7 +15,10 @@ from typing import Any, NoReturn, get_type_hints
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from fewshot_asam import distributed
+from fewshot_asam.distributed import PeerLost
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.stop import Stopped
 
 
 class Parser(ArgumentParser):
@@ -53,25 +58,36 @@ def config_first(argv: Sequence[str]) -> list[str]:
     return front + rest
 
 
-def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None, interrupted: str) -> int:
-    """Calls `command` with the arguments and returns the exit status: 0, 2 for bad input, 130 where interrupted."""
+def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) -> int:
+    """Calls `command` with the arguments, as one process of a job where there is one.
+
+    **Returns:** the exit status: 0, 2 for bad input, 128 and its number where a signal ended the run.
+    """
     warnings.showwarning = _show_warning
     try:
-        command(sys.argv[1:] if argv is None else argv)
-    except (FewShotError, OSError) as error:
+        with distributed.joined():
+            command(sys.argv[1:] if argv is None else argv)
+    except PeerLost as error:
+        return _fail(str(error))
+    except FewShotError as error:
+        return _fail(str(error)) if distributed.is_first() else 2  # all processes have it, so one says it
+    except OSError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         return _fail("the memory is full; lower meta_batch_size, hidden, inner_steps or image_size")
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        if distributed.is_first():
+            print(str(error) or "interrupted", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     return 0
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    where = f"process {distributed.rank()}: " if distributed.size() > 1 else ""
+    with suppress(OSError):  # the disk may be full that this is written to
+        print(f"error: {where}{' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
@@ -91,7 +107,8 @@ def existing_run(folder: str) -> Path:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    if distributed.is_first():
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(message: str, known: Sequence[str]) -> str:

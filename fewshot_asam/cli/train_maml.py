@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from fewshot_asam import config as configs
+from fewshot_asam import distributed
 from fewshot_asam.cli.parsing import Parser, add_settings, config_first, existing_run, parse, run
 from fewshot_asam.config import TrainConfig
 from fewshot_asam.errors import FewShotError
@@ -54,20 +55,23 @@ def _resumed(argv: Sequence[str], folder: Path) -> TrainConfig:
     return wanted
 
 
+def _given(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
+    config, resume = _settings(argv, TrainConfig())
+    if resume and config.output_dir is None:
+        raise FewShotError("--resume needs the run to go on with; pass --output-dir RUN")
+    return (_resumed(argv, config.output_dir) if resume and config.output_dir else config), resume
+
+
 def command(argv: Sequence[str]) -> None:
     """Parses the arguments and trains."""
-    config, resume = _settings(argv, TrainConfig())
-    if resume:
-        if config.output_dir is None:
-            raise FewShotError("--resume needs the run to go on with; pass --output-dir RUN")
-        config = _resumed(argv, config.output_dir)
+    config, resume = distributed.agreed(lambda: _given(argv))
     keep_freed_memory()
     train(config, resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
-    return run(command, argv, "interrupted; train_maml --resume --output-dir RUN goes on from the last checkpoint")
+    return run(command, argv)
 
 
 if __name__ == "__main__":

@@ -68,4 +68,5 @@ def meta_backward(lower: LowerLevel, tasks: Batch, steps: int, way: Way) -> Meta
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """The part of right answers in each task: `[T, n, N]`, `[T, n]` -> `[T]`."""
-    return (logits.detach().argmax(-1) == labels).to(logits.dtype).mean(-1)
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    return (logits.detach().argmax(-1) == labels).to(precise).mean(-1)

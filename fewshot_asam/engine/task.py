@@ -57,7 +57,14 @@ class Batch(NamedTuple):
 
     def task(self, index: int) -> Batch:
         """One of the tasks."""
-        inner, query = (tuple(value[index] for value in part) for part in self)
+        return self._take(index)
+
+    def part(self, which: slice) -> Batch:
+        """Some of the tasks."""
+        return self._take(which)
+
+    def _take(self, which: int | slice) -> Batch:
+        inner, query = (tuple(value[which] for value in tensors) for tensors in self)
         return Batch(inner, query)
 
 

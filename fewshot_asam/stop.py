@@ -1,0 +1,53 @@
+"""Stopping at a good moment: the first SIGINT or SIGTERM is a request, a second one leaves at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from fewshot_asam import distributed
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run ended by a signal after its state was saved; `number` is the signal's, the message for the user."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Stop:
+    """Within its `with` block the first signal is remembered and `check` raises `Stopped` where it suits.
+
+    From then on signals do what they did before the block. Signals reach the main thread only: in another thread this
+    does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._restore()
+
+    def check(self) -> None:
+        """Raises `Stopped` if a signal came; with several processes in all of them, if it came to any."""
+        if number := int(distributed.largest(self.number)):
+            raise Stopped(number)
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
