@@ -1,11 +1,12 @@
 """Several processes of one job, as `torchrun` starts them. With one process all of this does nothing.
 
-Every function but `rank`, `size`, `local_rank`, `is_first` and `share` must be called by all processes, in one order.
+`add`, `largest`, `from_first`, `agreed` and `one_a_machine_first` must be called by all processes, in one order.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -37,10 +38,8 @@ def joined() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FewShotError(f"the processes of this job do not find each other ({reason}); use torchrun") from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not where something failed: the others may never answer
 
 
 def rank() -> int:
@@ -61,6 +60,12 @@ def local_rank() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Prints, in the first process."""
+    if is_first():
+        print(text, end=end, flush=True)
 
 
 def share(count: int) -> slice:
@@ -124,4 +129,5 @@ def _together(collective: Callable[[], object]) -> None:
     try:
         collective()
     except RuntimeError as error:
-        raise PeerLost(f"another process of this job ended ({' '.join(str(error).split())[:200]})") from error
+        reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).partition(". ")[0]
+        raise PeerLost(f"another process of this job ended ({reason})") from error

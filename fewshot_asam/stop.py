@@ -7,6 +7,7 @@ import threading
 from types import FrameType, TracebackType
 
 from fewshot_asam import distributed
+from fewshot_asam.distributed import PeerLost
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -36,7 +37,8 @@ class Stop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._restore()
+        if not isinstance(error, PeerLost):  # what started the job sends a signal then, which must not cut the message
+            self._restore()
 
     def check(self) -> None:
         """Raises `Stopped` if a signal came; with several processes in all of them, if it came to any."""

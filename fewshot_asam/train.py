@@ -45,7 +45,9 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
                 _compile(trainer)
             summary = _trained_and_tested(trainer)
     accuracy = Interval(summary["test_accuracy"], summary["test_ci95"])
-    _say(f"test accuracy {result_text(config, accuracy, config.test_tasks)}; see {trainer.folder / 'curves.png'}")
+    distributed.say(
+        f"test accuracy {result_text(config, accuracy, config.test_tasks)}; see {trainer.folder / 'curves.png'}"
+    )
     return summary
 
 
@@ -58,28 +60,25 @@ def result_text(config: TrainConfig, accuracy: Interval, tasks: int) -> str:
     )
 
 
-def _say(text: str, end: str = "\n") -> None:
-    if distributed.is_first():
-        print(text, end=end, flush=True)
-
-
 def _announce(trainer: Trainer) -> None:
     config, dataset = trainer.config, trainer.dataset
     classes = " / ".join(str(len(images.names)) for images in (dataset.train, dataset.val, dataset.test))
     size = sum(p.numel() for p in trainer.learner.parameters())
     processes = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
-    _say(
+    distributed.say(
         f"{config.title} in {trainer.folder}: {config.model} of {size:,} parameters on {trainer.device}{processes}, "
         f"{config.norm} norm"
     )
-    _say(f"{config.dataset}: {classes} classes for training / validation / test")
+    distributed.say(f"{config.dataset}: {classes} classes for training / validation / test")
     choice = distributed.from_first(_engine(trainer))
     trainer.learner.engine = trainer.progress.engine = choice.name
-    _say(f"engine {choice.name}{_options(trainer)}: {choice.reason}")
+    distributed.say(f"engine {choice.name}{_options(trainer)}: {choice.reason}")
     if trainer.progress.iteration >= config.iterations:
-        _say(f"all {config.iterations} iterations are done; --iterations can be raised where the schedule is constant")
+        distributed.say(
+            f"all {config.iterations} iterations are done; --iterations can be raised where the schedule is constant"
+        )
     elif _out_of_time(trainer):
-        _say(f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on")
+        distributed.say(f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on")
 
 
 def _engine(trainer: Trainer) -> engine.Choice:
@@ -121,11 +120,11 @@ def _options(trainer: Trainer) -> str:
 def _compile(trainer: Trainer) -> None:
     """Compiles by an iteration that is thrown away, so that it takes no training time."""
     started = time.monotonic()
-    _say("compiling, a minute or two the first time ...", end="")
+    distributed.say("compiling, a minute or two the first time ...", end="")
     sampler, episodes = _trial(trainer)
     trainer.learner.meta_backward(episodes, trainer.config.inner_steps, sampler.augmentation)
     trainer.learner.zero_grad()
-    _say(f" done in {time.monotonic() - started:.0f} s")
+    distributed.say(f" done in {time.monotonic() - started:.0f} s")
 
 
 def _trained_and_tested(trainer: Trainer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -129,12 +130,38 @@ def die_at_event(number: int) -> None:
     sys.addaudithook(count)
 
 
+def start_job(
+    folder: Path, count: int, work: Callable[..., object], *arguments: object, **environment: str
+) -> list[BaseProcess]:
+    """Starts `count` processes of one job, as torchrun would; each calls `work` and prints to `folder/RANK.log`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    ranks = [{**job, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    logs = [folder / f"{rank}.log" for rank in range(count)]
+    started = [processes.Process(target=_join, args=(*pair, work, arguments)) for pair in zip(ranks, logs, strict=True)]
+    for process in started:
+        process.start()
+    return started
+
+
+def _join(environment: dict[str, str], log: Path, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    os.environ.update(environment)
+    _quiet(log)
+    sys.exit(work(*arguments))
+
+
 def _train(argv: list[str], log: Path, prepare: Callable[[], object] | None) -> None:
+    _quiet(log)
+    if prepare is not None:
+        prepare()
+    sys.exit(train_maml.main(argv))
+
+
+def _quiet(log: Path) -> None:
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own would leave semaphores behind where it is killed
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    if prepare is not None:
-        prepare()
-    sys.exit(train_maml.main(argv))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fewshot_asam import config as configs
+from fewshot_asam import distributed
 from fewshot_asam.checkpoint import load_weights
 from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
 from fewshot_asam.config import TrainConfig, build_learner, load_data, resolve_device
@@ -106,14 +107,15 @@ def command(argv: Sequence[str]) -> None:
     tested = {folder: pair[1] for folder, pair in settings.items()}
     _require_same_tasks(tested)
     keep_freed_memory()
-    dataset = load_data(next(iter(tested.values())), resolve_device(test.device))
+    device, first_run = resolve_device(test.device), next(iter(tested.values()))
+    dataset = distributed.one_a_machine_first(lambda: load_data(first_run, device))
     accuracies: dict[str, Tensor] = {}
     for folder, config in tested.items():
         accuracies[folder] = _accuracies(folder, config, dataset, test)
-        print(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}", flush=True)
+        distributed.say(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])
-        print(f"{first} minus {second}: {difference} (paired, the same {test.tasks} tasks)")
+        distributed.say(f"{first} minus {second}: {difference} (paired, the same {test.tasks} tasks)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,247 @@
+"""Several processes of one job compute what one does, and none of them can spoil the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import faults
+from fewshot_asam import FewShotError, distributed, upper
+from fewshot_asam.checkpoint import decode, read_state
+from fewshot_asam.cli import eval_maml, train_maml
+from fewshot_asam.config import TrainConfig
+from fewshot_asam.episodes import EpisodeSampler
+from fewshot_asam.evaluate import TASKS_AT_ONCE, evaluate
+from fewshot_asam.meta import MetaLearner
+from fewshot_asam.models import build_model
+from problems import RULES, SHAPE, deviation, episodes, make_images
+
+TASKS = 5
+"""Of a meta-batch: not divisible by the numbers of processes."""
+
+
+def joined(work: Any, out: Path, *arguments: Any) -> int:
+    """Runs `work` as one process of the job and stores what it returns."""
+    torch.set_default_dtype(torch.float64)
+    with distributed.joined():
+        torch.save(work(*arguments), out / f"{distributed.rank()}.pt")
+    return 0
+
+
+def results(tmp_path: Path, count: int, work: Any, *arguments: Any) -> list[Any]:
+    """What `work` returns in each of `count` processes of one job, in float64."""
+    out = tmp_path / f"{count}"
+    ended(faults.start_job(out, count, joined, work, out, *arguments))
+    return [torch.load(out / f"{rank}.pt") for rank in range(count)]
+
+
+def ended(job: list[BaseProcess], statuses: set[int] | None = None) -> None:
+    for process in job:
+        process.join(120)
+        assert process.exitcode in (statuses or {0}), process
+
+
+def build(rule: str, validation: str) -> MetaLearner:
+    model = build_model("conv4", 3, SHAPE, 4, seed=0).double()
+    return MetaLearner(model, 0.1, RULES[rule], validation=validation, engine="loop")
+
+
+def trained(rule: str, validation: str) -> tuple[Tensor, Tensor]:
+    """The numbers of some iterations and the parameters after them."""
+    config = TrainConfig(meta_lr=1e-2, inner_steps=2, clip_grad=0.5, ways=3, meta_batch_size=TASKS)
+    learner = build(rule, validation)
+    adam = upper.optimizer(learner, config)
+    rates, iterate = upper.schedule(adam, config), upper.iteration(learner, adam, config)
+    generator, numbers = torch.Generator().manual_seed(0), []
+    for index in range(4):
+        numbers.append(iterate(learner.batch(episodes(tasks=TASKS, seed=index), generator)))
+        rates.step()
+    return torch.stack(numbers), nn.utils.parameters_to_vector(learner.parameters()).detach()
+
+
+@pytest.mark.parametrize(("rule", "validation"), [("maml", "duplicate"), ("agnostic_sam", "augment")])
+def test_processes_take_the_steps_of_one(tmp_path: Path, rule: str, validation: str) -> None:
+    (expected,) = results(tmp_path, 1, trained, rule, validation)
+    for count in (2, 3):
+        found = results(tmp_path, count, trained, rule, validation)
+        for value in found:
+            assert deviation(value[0], expected[0]) < 1e-12
+            assert deviation(value[1], expected[1]) < 1e-12
+        assert all(torch.equal(value[1], found[0][1]) for value in found)
+        assert not torch.equal(found[0][1], expected[1])  # summed in another order: the work was shared
+        worst = max(deviation(value[index], expected[index]) for value in found for index in (0, 1))
+        print(f"\n{rule}, {count} processes: largest deviation {worst:.1e}")
+
+
+def accuracies() -> Tensor:
+    learner = build("agnostic_sam", "augment")
+    counted: list[int] = []
+    sampler = EpisodeSampler(make_images(12, 8, SHAPE, 0), 3, 2, 2, seed=1)
+    found = evaluate(learner, sampler, TASKS_AT_ONCE + 1, 2, lambda: counted.append(1))
+    assert len(counted) == 2
+    return found
+
+
+def test_the_test_tasks_are_shared_and_the_same(tmp_path: Path) -> None:
+    (expected,) = results(tmp_path, 1, accuracies)
+    assert len(expected.unique()) > 1
+    for count in (2, 3):
+        assert all(torch.equal(found, expected) for found in results(tmp_path, count, accuracies))
+
+
+def parts(count: int) -> tuple[list[int], list[float]]:
+    values = torch.zeros(count)
+    values[distributed.share(count)] = 1.0
+    own = int(values.sum())
+    distributed.add(values)
+    return [own, int(distributed.largest(own)), distributed.from_first(own)], values.tolist()
+
+
+def test_shares_cover_everything_once_and_evenly(tmp_path: Path) -> None:
+    found = results(tmp_path, 3, parts, 7)
+    assert sorted(own for (own, _, _), _ in found) == [2, 2, 3]
+    assert {largest for (_, largest, _), _ in found} == {3}
+    assert {first for (_, _, first), _ in found} == {found[0][0][0]}
+    assert all(values == [1.0] * 7 for _, values in found)
+
+
+def failing() -> str:
+    def work() -> None:
+        if distributed.rank() == 1:
+            raise FewShotError("no such file")
+
+    try:
+        distributed.agreed(work)
+    except FewShotError as error:
+        return str(error)
+    except SystemExit as error:
+        return f"exit {error.code}"
+    return "nothing"
+
+
+def test_what_fails_in_one_process_is_said_once_and_ends_all(tmp_path: Path) -> None:
+    assert results(tmp_path, 3, failing) == ["process 1: no such file", "exit 2", "exit 2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ["--data-root", str(faults.write_images(tmp_path_factory.mktemp("images")))]
+
+
+def train(tmp_path: Path, count: int, *arguments: object) -> list[BaseProcess]:
+    """Starts or resumes the run in `tmp_path/run` as a job of `count` processes."""
+    folder = tmp_path / "run"
+    words = ["--resume"] if (folder / "config.yaml").exists() else []
+    argv = [*faults.RUN, "--meta-batch-size", "4", *words, "--output-dir", str(folder), *map(str, arguments)]
+    return faults.start_job(tmp_path, count, train_maml.main, argv)
+
+
+def printed(tmp_path: Path, count: int) -> list[str]:
+    return [(tmp_path / f"{rank}.log").read_text() for rank in range(count)]
+
+
+def last_losses(folder: Path) -> Tensor:
+    return torch.tensor([row["train_loss"] for row in faults.outcome(folder)["rows"] if "train_loss" in row])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(data: list[str], tmp_path: Path) -> None:
+    ended(train(tmp_path / "one", 1, *data))
+    expected = last_losses(tmp_path / "one" / "run")
+    parts = tmp_path / "parts"
+    for count, iterations in ((2, 3), (3, 6), (1, 8)):
+        ended(train(parts, count, *data, "--iterations", iterations, "--schedule", "constant"))
+    ended(train(tmp_path / "constant", 1, *data, "--schedule", "constant"))
+    found, expected = last_losses(parts / "run"), last_losses(tmp_path / "constant" / "run")
+    assert len(found) == 8
+    assert deviation(found, expected) < 1e-4  # float32
+    assert list(parts.joinpath("run").glob("events.out.tfevents.*"))
+
+
+def test_only_one_process_speaks_and_writes(data: list[str], tmp_path: Path) -> None:
+    ended(train(tmp_path, 2, *data))
+    first, second = printed(tmp_path, 2)
+    assert "in each of 2 processes" in first
+    assert "test accuracy" in first
+    assert second == ""
+    ended(faults.start_job(tmp_path / "tested", 2, eval_maml.main, [str(tmp_path / "run"), "--tasks", "4"]))
+    first, second = printed(tmp_path / "tested", 2)
+    summary = faults.outcome(tmp_path / "run")["summary"]
+    assert f"test accuracy {100 * summary['test_accuracy']:.1f} %" in first
+    assert second == ""
+    assert summary["processes"] == 2
+
+
+def test_bad_settings_are_said_once(data: list[str], tmp_path: Path) -> None:
+    ended(train(tmp_path, 3, *data, "--meta-batch-size", 2), {2})
+    first, *others = printed(tmp_path, 3)
+    assert first.startswith("error: ")
+    assert "leaves some of the 3 processes without a task" in first
+    assert len(first.splitlines()) == 1
+    assert others == ["", ""]
+    assert not (tmp_path / "run").exists()
+
+
+def wait_for_iteration(folder: Path, iteration: int) -> None:
+    for _ in range(3000):
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists() and f'"iteration": {iteration},' in metrics.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"iteration {iteration} is not reached")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_any_process_stops_all_and_saves(data: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    job = train(tmp_path, 2, *data, "--iterations", 1000, "--checkpoint-every", 1000)
+    wait_for_iteration(tmp_path / "run", 2)
+    assert job[1].pid is not None
+    os.kill(job[1].pid, number)
+    ended(job, {128 + number})
+    first, second = printed(tmp_path, 2)
+    assert f"stopped by {number.name}" in first
+    assert second == ""
+    assert decode(*read_state(tmp_path / "run"))["progress"]["iteration"] >= 2
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_dies_ends_the_job(data: list[str], tmp_path: Path, dead: int) -> None:
+    """Where the first one survives it saves the last whole iteration; else the last checkpoint is left."""
+    job = train(tmp_path, 2, *data, "--iterations", 1000, "--checkpoint-every", 3 if dead == 0 else 1000)
+    wait_for_iteration(tmp_path / "run", 6)
+    job[dead].kill()
+    ended(job[1 - dead : 2 - dead], {2})
+    message = printed(tmp_path, 2)[1 - dead]
+    assert "another process of this job ended" in message
+    assert "Traceback" not in message
+    iteration = decode(*read_state(tmp_path / "run"))["progress"]["iteration"]
+    assert iteration >= (3 if dead == 0 else 6)
+    assert f"goes on after iteration {iteration} of 1000" in message
+    job = train(tmp_path, 2, *data, "--iterations", 1000, "--checkpoint-every", 1000)
+    wait_for_iteration(tmp_path / "run", iteration // 2 * 2 + 2)
+    for process in job:
+        process.terminate()
+    ended(job, {143})
+
+
+def test_torchrun(data: list[str], tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "fewshot_asam.cli.train_maml", *faults.RUN]
+    done = subprocess.run(
+        [sys.executable, *words, *data, "--output-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "in each of 2 processes" in done.stdout
+    assert done.stdout.count("test accuracy") == 1
