@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     learn2learn_maml,
     limit,
     rules,
+    scaling,
     table,
     their_style,
     worker,
@@ -269,6 +270,17 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's account of a process's memory")
+def test_processes_are_timed_on_the_same_numbers(run: Callable[..., dict[str, Any]]) -> None:
+    """Their losses are compared by the benchmark itself, which the last assertion shows to be of real iterations."""
+    written = run(scaling)
+    (result,), (row,) = written["results"], written["efficiency"]
+    one, two = (result["contestants"][name] for name in ("1 process", "2 processes"))
+    assert len(one["seconds"]) == len(two["seconds"]) == 2
+    assert math.isclose(2 * row["efficiency"], row["speed-up"])
+    assert one["losses"][0] != one["losses"][1]
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-3
+
+
 def test_worker_measures_memory(toys: None) -> None:
     size = 64 * 2**20
     ballast = b"x" * 4 * size  # a peak of this process, which a worker's must not contain

@@ -1,0 +1,129 @@
+"""What more processes of one job gain: meta-iterations of one process against those of several, one thread each.
+
+Both compute the same meta-batch, reduction and Adam step included; the benchmark fails where their losses differ. The
+jobs take turns run by run and a job that waits sleeps. A run of several processes takes as long as its slowest one.
+
+- *Efficiency* is the time of one process over that of `n`, divided by `n`: 1 where nothing is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks import table
+from benchmarks.alternate import Process, Times, WorkerError
+from benchmarks.presets import PRESETS, Preset, episodes
+
+WARM_UPS = 2
+LARGEST_DIFFERENCE = 1e-3
+"""Of the losses, relative: float32 sums in another order."""
+
+
+class Job:
+    """Processes that run iterations together; use as a context manager, which ends them."""
+
+    def __init__(self, count: int, rule: str, preset: Preset, device: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.stack, self.processes = ExitStack(), []
+        for rank in range(count):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            self.processes.append(self.stack.enter_context(Process(place)))
+        arguments = {"rule": rule, "preset": asdict(preset), "device": device}
+        order = {"do": "build", "factory": "benchmarks.scaling:iteration", "arguments": arguments}
+        self.together(lambda one: one(**order, device=device, keep_freed_memory=True))
+        self.times = Times(self.run()["seconds"])
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def together(self, order: Callable[[Process], dict[str, Any]]) -> list[dict[str, Any]]:
+        """Gives all processes an order at once; their answers."""
+        with ThreadPoolExecutor(len(self.processes)) as pool:
+            return list(pool.map(order, self.processes))
+
+    def run(self) -> dict[str, Any]:
+        """One iteration: the seconds of the slowest process, and the loss."""
+        answers = self.together(lambda one: one.timed(0))
+        return {"seconds": max(answer["seconds"] for answer in answers), "loss": answers[0]["loss"]}
+
+
+def iteration(rule: Any, preset: dict[str, Any], device: str) -> Callable[[], dict[str, float]]:
+    """What a worker runs: one meta-iteration, this process's share of it."""
+    from benchmarks import their_style
+    from fewshot_asam import distributed, upper
+    from fewshot_asam.config import TrainConfig, resolve_device
+    from fewshot_asam.inner import Rule
+    from fewshot_asam.meta import MetaLearner
+    from fewshot_asam.models import build_model
+
+    problem = Preset(**preset)
+    distributed.joined().__enter__()
+    place = resolve_device(device)
+    model = build_model("conv4", problem.ways, problem.image_shape, problem.hidden, seed=0).to(place)
+    learner = MetaLearner(model, their_style.LR, Rule(rule))
+    config = TrainConfig(inner_steps=problem.steps, meta_lr=1e-4)
+    iterate = upper.iteration(learner, upper.optimizer(learner, config), config)
+    batch = episodes(problem, place)
+
+    def run() -> dict[str, float]:
+        return {"loss": iterate(learner.batch(batch))[0].item()}
+
+    return run
+
+
+def measure(rule: str, preset: Preset, counts: Sequence[int], rounds: int, device: str) -> dict[str, Times]:
+    """Times iterations of jobs of `counts` processes, turn by turn; raises `WorkerError` where losses differ."""
+    with ExitStack() as stack:
+        jobs = {count: stack.enter_context(Job(count, rule, preset, device)) for count in counts}
+        for turn in range(WARM_UPS + rounds):
+            answers = {count: job.run() for count, job in jobs.items()}
+            losses = [answer["loss"] for answer in answers.values()]
+            if max(losses) - min(losses) > LARGEST_DIFFERENCE * min(losses):
+                raise WorkerError(f"the losses are {losses}; the jobs do not compute the same")
+            for count, answer in answers.items():
+                if turn >= WARM_UPS:
+                    jobs[count].times.seconds.append(answer["seconds"])
+                    jobs[count].times.losses.append(answer["loss"])
+        return {_name(count): job.times for count, job in jobs.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns what the JSON holds."""
+    parser = table.parser("scaling", __doc__, presets=("mini_5w1s", "omniglot_5w1s"))
+    parser.add_argument("--processes", type=table.count, default=2, help="of the larger job (%(default)s)")
+    parser.add_argument("--rule", default="maml", help="lower-level rule (%(default)s)")
+    options = parser.parse_args(argv)
+    if options.device == "cpu" and options.processes > (os.cpu_count() or 1):
+        print(f"{options.processes} processes share {os.cpu_count()} cores", file=sys.stderr)
+    report, many = table.Report(options.device), _name(options.processes)
+    report.tables["efficiency"] = []
+    for name in options.presets:
+        print(f"{name}: {PRESETS[name].text}", file=sys.stderr)
+        times = measure(options.rule, PRESETS[name], (1, options.processes), options.rounds, options.device)
+        found = report.add(name, "one thread each", times, [(_name(1), many)])["ratios"][0]
+        row = {"preset": name, "rule": options.rule, "processes": options.processes}
+        row |= {"speed-up": found["median"], "efficiency": found["median"] / options.processes}
+        report.tables["efficiency"].append(row)
+    report.data["efficiency"] = report.tables["efficiency"]
+    return report.finish(options.output)
+
+
+def _name(count: int) -> str:
+    return f"{count} process{'es' if count > 1 else ''}"
+
+
+if __name__ == "__main__":
+    table.command("scaling", main)
