@@ -17,13 +17,14 @@ from torch import Tensor
 from fewshot_asam import config as configs
 from fewshot_asam.checkpoint import load_weights
 from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
-from fewshot_asam.config import TrainConfig, build_learner, load_data, resolve_device
+from fewshot_asam.config import TrainConfig, build_learner, load_data, require_count, require_seed, resolve_device
 from fewshot_asam.data import Dataset
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import evaluate, interval, paired_difference
 from fewshot_asam.inner import RuleName
 from fewshot_asam.memory import keep_freed_memory
+from fewshot_asam.meta import MetaLearner
 from fewshot_asam.train import evaluation_sampler, result_text
 
 
@@ -72,10 +73,13 @@ def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:
                 )
 
 
-def _accuracies(folder: str, config: TrainConfig, dataset: Dataset, test: EvalConfig) -> Tensor:
+def _learner(folder: str, config: TrainConfig, dataset: Dataset) -> MetaLearner:
     learner = build_learner(config, dataset.train.shape)
     load_weights(Path(folder) / "best.safetensors", learner.model)
-    learner.to(dataset.test.images.device)
+    return learner.to(dataset.test.images.device)
+
+
+def _accuracies(learner: MetaLearner, config: TrainConfig, dataset: Dataset, test: EvalConfig) -> Tensor:
     sampler = evaluation_sampler(config, dataset.test, test.seed)
     with precision(config.precision, sampler.images.images.device):
         return evaluate(learner, sampler, test.tasks, config.inner_steps)
@@ -95,20 +99,19 @@ def command(argv: Sequence[str]) -> None:
     add_settings(parser, EvalConfig)
     given: Any = parse(parser, argv)
     test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})
-    if test.tasks < 2:
-        raise FewShotError(f"tasks is {test.tasks}; expected at least 2, for an interval")
-    if not 0 <= test.seed < 2**63:
-        raise FewShotError(f"seed is {test.seed}; expected at least 0 and below 2**63")
-    if len(set(given.runs)) != len(given.runs):
+    require_count("tasks", test.tasks, 2)
+    require_seed("seed", test.seed)
+    if len({Path(folder).resolve() for folder in given.runs}) != len(given.runs):
         raise FewShotError("the same run was given twice; expected different ones")
     settings = {folder: _trained_and_tested(existing_run(folder), test) for folder in given.runs}
     tested = {folder: pair[1] for folder, pair in settings.items()}
     _require_same_tasks(tested)
     keep_freed_memory()
     dataset = load_data(next(iter(tested.values())), resolve_device(test.device))
+    learners = {folder: _learner(folder, config, dataset) for folder, config in tested.items()}
     accuracies: dict[str, Tensor] = {}
     for folder, config in tested.items():
-        accuracies[folder] = _accuracies(folder, config, dataset, test)
+        accuracies[folder] = _accuracies(learners[folder], config, dataset, test)
         print(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}", flush=True)
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])
