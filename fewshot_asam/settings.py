@@ -1,4 +1,4 @@
-"""Settings as people write them: YAML files read strictly, and what is wrong with a value in plain words."""
+"""Settings as people write them: strictly read YAML, home folders, and what is wrong with a value in plain words."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import yaml
 
 from fewshot_asam.errors import FewShotError
 
-LARGEST_FILE = 100_000
-"""Bytes; a file of settings has some thousand."""
+LARGEST_FILE = 20_000
+"""Bytes; a file of settings has about a thousand."""
+DEEPEST = 3
+"""Levels of nesting; YAML takes time that grows with their square."""
 _REFUSED = re.compile(r'key "(?P<name>\w+)":\s.*(?:Got|Given) value: (?P<value>.*)', re.DOTALL)
 """How jsonargparse says that a value has not the type of its setting."""
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
@@ -35,7 +37,7 @@ def read_yaml(path: Path) -> dict[str, object]:
         read = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise FewShotError(f"{path} does not exist; expected a YAML file of settings") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise FewShotError(f"{path} is not a YAML file of settings ({_reason(error)})") from error
     if not isinstance(read, dict):
         raise FewShotError(f"{path} does not hold settings; expected lines of a name and a value, such as 'ways: 5'")
@@ -63,16 +65,25 @@ def explained(message: str, types: dict[str, Any]) -> str:
     if refused is None or refused["name"] not in types:
         return " ".join(message.split())
     name, value = refused["name"], refused["value"].strip()
-    known = [str(choice) for choice in get_args(types[name])] if get_origin(types[name]) is Literal else []
-    return f"{name} is {value!r}; expected {_described(types[name])}{nearest(value, known)}"
+    return f"{name} is {value!r}; expected {_described(types[name])}{nearest(value, _choices(types[name]))}"
+
+
+def expanded(path: Path) -> Path:
+    """The path with a leading `~` or `~user` as that home folder; raises `FewShotError` where there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise FewShotError(f"{path} begins with a home folder that is not known; write it out") from error
 
 
 def _require_plain(path: Path, text: str) -> None:
     """Raises for what a file of settings has no use for, and what could make it larger than it looks."""
+    depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
             where = f"{path} line {_line(event.start_mark)}"
-            raise FewShotError(f"{where} has a YAML alias or tag; expected names and plain values")
+            raise FewShotError(f"{where} is nested or has a YAML alias or tag; expected names and plain values")
     root = yaml.compose(text, yaml.SafeLoader)
     seen = set()
     for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
@@ -95,10 +106,17 @@ def _plain(name: str) -> str:
     return name.strip("-").lower().replace("-", "_").replace("learning_rate", "lr")
 
 
-def _described(kind: Any) -> str:
-    parts = [part for part in get_args(kind) if part is not type(None)]
+def _choices(kind: Any) -> list[str]:
+    """The words that a setting of this type may be, where it is one of some."""
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, parts))}"
+        return [str(choice) for choice in get_args(kind)]
+    return [choice for part in get_args(kind) for choice in _choices(part)]
+
+
+def _described(kind: Any) -> str:
+    if choices := _choices(kind):
+        return f"one of {', '.join(choices)}"
+    parts = [part for part in get_args(kind) if part is not type(None)]
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_described, parts))
     if get_origin(kind) is tuple:

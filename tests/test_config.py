@@ -67,8 +67,8 @@ def test_settings_come_back_from_yaml(tmp_path: Path) -> None:
         ("ways: 5\nways: 5", "line 2 gives ways again"),
         ("a: [", "is not a YAML file of settings \\(line 1: "),
         ("a: 2020-99-99", "is not a YAML file"),
-        ("!!python/object/apply:os.system ['true']", "line 1 has a YAML alias or tag"),
-        ("a: &a [1]\nb: [*a, *a]", "line 2 has a YAML alias or tag"),
+        ("!!python/object/apply:os.system ['true']", "line 1 is nested or has a YAML alias or tag"),
+        ("a: &a [1]\nb: [*a, *a]", "line 2 is nested or has a YAML alias or tag"),
     ],
 )
 def test_a_broken_settings_file_is_named(tmp_path: Path, text: str, message: str) -> None:

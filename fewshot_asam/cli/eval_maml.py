@@ -101,9 +101,10 @@ def command(argv: Sequence[str]) -> None:
     test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})
     require_count("tasks", test.tasks, 2)
     require_seed("seed", test.seed)
-    if len({Path(folder).resolve() for folder in given.runs}) != len(given.runs):
+    folders = {folder: existing_run(folder) for folder in given.runs}
+    if len({folder.resolve() for folder in folders.values()}) != len(given.runs):
         raise FewShotError("the same run was given twice; expected different ones")
-    settings = {folder: _trained_and_tested(existing_run(folder), test) for folder in given.runs}
+    settings = {name: _trained_and_tested(folder, test) for name, folder in folders.items()}
     tested = {folder: pair[1] for folder, pair in settings.items()}
     _require_same_tasks(tested)
     keep_freed_memory()

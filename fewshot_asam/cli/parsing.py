@@ -14,8 +14,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.paths import expanded
-from fewshot_asam.settings import explained, nearest, read_yaml, require_known
+from fewshot_asam.settings import expanded, explained, nearest, read_yaml, require_known
 
 LONGEST = 2000
 """Characters of an error; what is longer loses its middle."""
