@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
@@ -14,10 +15,12 @@ from fewshot_asam import distributed
 from fewshot_asam.data import DATASETS, Dataset, load_dataset
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
+from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Rule, RuleName
 from fewshot_asam.meta import Adapt, MetaLearner, Norm
 from fewshot_asam.models import ModelName, build_model
+from fewshot_asam.settings import explained, read_yaml, require_known
 from fewshot_asam.validation import Validation
 
 DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
@@ -134,22 +137,33 @@ class TrainConfig:
         require_one_of("precision", self.precision, get_args(Precision))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         for name in COUNTS:
-            if not 1 <= getattr(self, name) <= LARGEST_COUNT:
-                raise FewShotError(
-                    f"{name} is {getattr(self, name)}; expected at least 1 and at most {LARGEST_COUNT:,}"
-                )
-        for name in ("meta_lr", "clip_grad", "max_minutes"):
+            require_count(name, getattr(self, name))
+        for name in ("image_size", "hidden", "inner_steps", "meta_batch_size"):
+            if getattr(self, name) > LARGEST_SIZE:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {LARGEST_SIZE:,}")
+        for name in ("validate_tasks", "test_tasks"):
+            require_count(name, getattr(self, name), 2)
+        if self.ways < 2:
+            raise FewShotError(f"ways is {self.ways}; expected at least 2")
+        for name in ("inner_lr", "meta_lr", "clip_grad", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < LARGEST_RATE:
                 raise FewShotError(f"{name} is {value}; expected a number above 0 and below {LARGEST_RATE:g}")
-        for name in ("validate_tasks", "test_tasks"):
-            if getattr(self, name) < 2:
-                raise FewShotError(f"{name} is {getattr(self, name)}; expected at least 2, for an interval")
+        for name in ("rho", "rho1", "rho2"):
+            if (getattr(self, name) or 0) >= LARGEST_RATE:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected a radius below {LARGEST_RATE:g}")
+        for name in ("data_root", "split_csv", "output_dir"):
+            if UNWRITABLE.search(str(getattr(self, name))):
+                raise FewShotError(
+                    f"{name} is {str(getattr(self, name))!r}; expected a path that can be written as text"
+                )
+        for name in FOLDER_ONLY:
+            if self.dataset != "folder" and getattr(self, name) != getattr(TrainConfig, name):
+                raise FewShotError(f"{name} is given, but dataset is {self.dataset!r}; it is of dataset folder alone")
         if self.validation == "split" and self.shots < 2:
             raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
         for name in ("seed", "split_seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise FewShotError(f"{name} is {getattr(self, name)}; expected at least 0 and below 2**63")
+            require_seed(name, getattr(self, name))
         self.rule  # noqa: B018  its own checks
 
     @property
@@ -180,9 +194,28 @@ COUNTS = (
 """Settings that count something, of which there must be one at least."""
 
 
+FOLDER_ONLY = ("image_size", "split_csv", "split_seed", "split_fractions", "channels")
+"""Settings that no other dataset heeds."""
 LARGEST_COUNT = 10**9
+LARGEST_SIZE = 10_000
+"""Pixels of a side, filters of a layer, inner steps or tasks of a meta-batch: more fit no memory."""
 LARGEST_RATE = 1e30
 """What fits a single-precision number with room to spare."""
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and bytes of a path that are no UTF-8."""
+
+
+def require_count(name: str, value: int, least: int = 1) -> None:
+    """Raises `FewShotError` where there are fewer than `least`, or more than anyone waits for."""
+    if not least <= value <= LARGEST_COUNT:
+        why = ", for an interval" if least == 2 else ""
+        raise FewShotError(f"{name} is {value}; expected at least {least}{why} and at most {LARGEST_COUNT:,}")
+
+
+def require_seed(name: str, value: int) -> None:
+    """Raises `FewShotError` where PyTorch's generators take no such seed."""
+    if not 0 <= value < 2**63:
+        raise FewShotError(f"{name} is {value}; expected at least 0 and below 2**63")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -205,12 +238,18 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_data(config: TrainConfig, device: torch.device) -> Dataset:
-    """The run's dataset, resident on `device`."""
+    """The run's dataset, resident on `device`; raises `FewShotError` where a split cannot give the run's tasks."""
     options: dict[str, Any] = {}
     if config.dataset == "folder":
         options = {"image_size": config.image_size, "split_csv": config.split_csv, "seed": config.split_seed}
         options |= {"fractions": config.split_fractions, "channels": config.channels}
-    return load_dataset(config.dataset, config.data_root, device=device, **options)
+    dataset = load_dataset(config.dataset, config.data_root, device=device, **options)
+    for split, images in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test)):
+        try:
+            EpisodeSampler(images, config.ways, config.shots, config.queries)
+        except FewShotError as error:
+            raise FewShotError(f"{config.dataset}, {split}: {error}") from error
+    return dataset
 
 
 def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
@@ -240,17 +279,15 @@ def plain(config: TrainConfig) -> dict[str, Any]:
 
 def from_yaml(path: Path) -> TrainConfig:
     """The settings that `to_yaml` wrote; raises `FewShotError` naming a file that is not of that kind."""
-    try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FewShotError(f"{path} does not exist; expected the folder of a run of train_maml") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise FewShotError(f"{path} is not a YAML file ({str(error).splitlines()[0]})") from error
-    if not isinstance(read, dict):
-        raise FewShotError(f"{path} does not hold the settings of a run; expected names and values")
+    read = read_yaml(path)
+    names = [field.name for field in fields(TrainConfig)]
+    require_known(read, names, f"{path} is of another version")
+    if missing := [name for name in names if name not in read]:
+        raise FewShotError(f"{path} lacks {', '.join(missing)}; it was cut short or is of another version")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     try:
         return TrainConfig(**parser.parse_object(read).as_dict())
     except (ArgumentError, FewShotError, TypeError, ValueError) as error:
-        raise FewShotError(f"{path} does not hold the settings of a run ({' '.join(str(error).split())})") from error
+        reason = explained(str(error), get_type_hints(TrainConfig))
+        raise FewShotError(f"{path} does not hold the settings of a run ({reason})") from error

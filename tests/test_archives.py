@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import os
 import re
+import struct
+import subprocess
+import sys
 import threading
+import warnings
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -178,10 +184,99 @@ def test_sixteen_bit_grey_is_scaled() -> None:
 
 def test_the_number_of_pixels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(np.zeros((100, 100), np.uint8))
+    warnings.simplefilter("ignore")  # as on the command line, where Pillow's warning would be one line among others
     for limit in (9_000, 1_000):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(FewShotError, match=line("x.png", "10000 pixels")):
             decode_image(data, "x.png", "L", (8, 8))
+
+
+def write_zip_bomb(path: Path, claimed: int) -> None:
+    """An archive of 4 MB whose member `x.png` inflates to 4 GB, whatever size it claims."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    megabyte = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.png", megabyte * 4000 + packer.flush())
+        archive.filelist[0].compress_type = zipfile.ZIP_DEFLATED
+        archive.filelist[0].file_size = claimed
+
+
+def write_huge_png(path: Path) -> None:
+    """Well-formed, a few hundred bytes, and 60,000 pixels wide and high."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 6, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(1000)))]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in [*chunks, (b"IEND", b"")]
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from fewshot_asam.data.archives import decode_image, open_zip, read_member
+from fewshot_asam.errors import FewShotError
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 200_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+path = Path(sys.argv[1])
+try:
+    data = path.read_bytes() if path.suffix == ".png" else read_member(open_zip(path), "x.png")
+    decode_image(data, path.name, "RGB", (8, 8))
+except FewShotError as error:
+    print(error)
+"""
+"""Decodes an image, or the image in an archive, with 200 MB to spare."""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory cannot be limited here")
+@pytest.mark.parametrize(
+    ("name", "write", "said"),
+    [
+        ("bomb.zip", lambda path: write_zip_bomb(path, 4000 * 2**20), "member x.png has 4,194,304,000 bytes"),
+        ("liar.zip", lambda path: write_zip_bomb(path, 10), "member x.png cannot be read"),
+        ("huge.png", write_huge_png, "huge.png cannot be decoded"),
+    ],
+)
+def test_what_inflates_is_refused_in_little_memory(
+    tmp_path: Path, name: str, write: Callable[[Path], None], said: str
+) -> None:
+    write(tmp_path / name)
+    assert (tmp_path / name).stat().st_size < 5_000_000
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / name)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(line(said, "expected"), done.stdout.strip())
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_without_bounds_is_refused(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "some.zip", "w", method) as file:
+        file.writestr("x.png", bytes(1000))
+    with open_zip(tmp_path / "some.zip") as file, pytest.raises(FewShotError, match=line("x.png", f"method {method};")):
+        read_member(file, "x.png")
+
+
+def test_a_link_in_an_archive_leads_nowhere(tmp_path: Path, photo: np.ndarray) -> None:
+    (tmp_path / "target.png").write_bytes(encode(photo))
+    link = zipfile.ZipInfo("x.png")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as file:
+        file.writestr(link, str(tmp_path / "target.png"))
+    with open_zip(tmp_path / "some.zip") as file, pytest.raises(FewShotError, match=line("x.png is not an image")):
+        decode_image(read_member(file, "x.png"), "x.png", "RGB", (8, 8))
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/x.png", "a/../../x.png"])
+def test_a_member_is_read_and_never_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with zipfile.ZipFile("some.zip", "w") as file:
+        file.writestr(name, b"content")
+    with open_zip(Path("some.zip")) as file:
+        assert read_member(file, name) == b"content"
+    assert [path.name for path in tmp_path.rglob("*")] == ["here", "some.zip"]
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"no image", b"\x89PNG\r\n\x1a\n"])

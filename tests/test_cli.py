@@ -204,7 +204,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> Non
         ("--iner maml", "did you mean --inner"),
         ("--inner fomaml", "inner"),
         ("--inner-lr nan", "inner_lr"),
-        ("--inner-lr -1", "inner learning rate is -1.0"),
+        ("--inner-lr -1", "inner_lr is -1.0"),
         ("--rho -1", "rho is -1.0"),
         ("--iterations few", "iterations"),
         ("--first-order maybe", "first_order"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fewshot_asam import FewShotError
 from fewshot_asam.cli import train_maml
@@ -58,14 +59,16 @@ def test_settings_come_back_from_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "does not hold the settings of a run"),
-        ("colour: red", "does not hold the settings of a run"),
-        ("a: [", "is not a YAML file"),
-        ("ways: many", "ways"),
-        ("data_root: 3", "data_root"),
-        ("ways: null", "ways"),
+        ("[1, 2]", "does not hold settings"),
+        ("", "does not hold settings"),
+        ("colour: red", "is of another version: there is no setting 'colour'"),
+        ("inner_learning_rate: 1", "there is no setting 'inner_learning_rate'; did you mean inner_lr\\?"),
+        ("ways: 5", "lacks inner, shots, .*cut short or is of another version"),
+        ("ways: 5\nways: 5", "line 2 gives ways again"),
+        ("a: [", "is not a YAML file of settings \\(line 1: "),
         ("a: 2020-99-99", "is not a YAML file"),
-        ("!!python/object/apply:os.system ['true']", "is not a YAML file"),
+        ("!!python/object/apply:os.system ['true']", "line 1 is nested or has a YAML alias or tag"),
+        ("a: &a [1]\nb: [*a, *a]", "line 2 is nested or has a YAML alias or tag"),
     ],
 )
 def test_a_broken_settings_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -73,6 +76,26 @@ def test_a_broken_settings_file_is_named(tmp_path: Path, text: str, message: str
     with pytest.raises(FewShotError, match=message) as raised:
         from_yaml(tmp_path / "config.yaml")
     assert "config.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ways", "many", "ways is 'many'; expected a whole number"),
+        ("ways", "null", "ways is null"),
+        ("ways", "0", "ways is 0"),
+        ("data_root", "3", "data_root is '3'; expected a path"),
+        ("inner", "mamml", "expected one of maml, sharp_maml_low, agnostic_sam; did you mean maml"),
+        ("rho1", "[]", "rho1 is '\\[\\]'; expected a number"),
+        ("split_fractions", "[0.5, 0.5]", "split_fractions is .* expected a list of 3, each a number"),
+        ("first_order", "3", "first_order is '3'; expected true or false"),
+    ],
+)
+def test_a_stored_value_that_is_wrong_is_named(tmp_path: Path, name: str, value: str, message: str) -> None:
+    whole = yaml.safe_load(to_yaml(TrainConfig())) | {name: yaml.safe_load(value)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
+    with pytest.raises(FewShotError, match=rf"config\.yaml does not hold the settings of a run \(.*{message}"):
+        from_yaml(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("name", ["ways", "shots", "queries", "iterations", "meta_batch_size", "inner_steps", "hidden"])
@@ -95,6 +118,15 @@ def test_counts_are_positive(name: str) -> None:
         ({"hidden": 10**30}, "at most 1,000,000,000"),
         ({"meta_lr": 1e39}, "meta_lr is 1e"),
         ({"rho": -0.1}, "rho is -0.1"),
+        ({"rho1": 1e39}, "rho1 is 1e"),
+        ({"inner_lr": float("inf")}, "inner_lr is inf"),
+        ({"ways": 1}, "ways is 1; expected at least 2"),
+        ({"meta_batch_size": 10**6}, "meta_batch_size is 1000000; expected at most 10,000"),
+        ({"test_tasks": 10**30}, "at most 1,000,000,000"),
+        ({"output_dir": Path("a\nb")}, "output_dir is 'a"),
+        ({"data_root": Path("a\udcff")}, "data_root is 'a"),
+        ({"dataset": "glyphs", "image_size": 28}, "image_size is given, but dataset is 'glyphs'"),
+        ({"dataset": "omniglot", "split_csv": Path("a.csv")}, "split_csv is given, but dataset is 'omniglot'"),
     ],
 )
 def test_bad_settings(settings: dict[str, object], message: str) -> None:

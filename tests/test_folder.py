@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fewshot_asam.data import folder
 from fewshot_asam.data.cache import SPLITS
@@ -162,6 +164,16 @@ def test_a_bad_csv_is_named_with_its_line(root: Path, splits: Path, old: str, ne
         folder.load(root, split_csv=splits)
 
 
+@pytest.mark.parametrize(
+    "content", ["class,split\n" + "a" * 10**7, "class,split\n\0,train\n", '"' * 10**6, "\0" * 1000]
+)
+def test_a_monstrous_csv_is_named(root: Path, splits: Path, content: str) -> None:
+    splits.write_text(content)
+    with pytest.raises(FewShotError, match=line(str(splits), "expected")) as raised:
+        folder.load(root, split_csv=splits)
+    assert len(str(raised.value)) < 1000
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", None])
 def test_what_is_no_csv_is_named(root: Path, splits: Path, content: bytes | None) -> None:
     splits.unlink()
@@ -201,3 +213,59 @@ def test_an_unreadable_image_is_named(root: Path, content: bytes | None) -> None
         file.write_bytes(content)
     with pytest.raises(FewShotError, match=line(str(file), "expected")):
         folder.load(root)
+
+
+def test_a_truncated_image_is_named(root: Path) -> None:
+    file = next((root / "class3").glob("0.*"))
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(FewShotError, match=line(str(file), "cannot be decoded", "expected an undamaged PNG or JPEG")):
+        folder.load(root)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_and_colour_are_made_alike(root: Path, channels: int) -> None:
+    file = root / "class3" / "0.png"
+    for other in (root / "class3").glob("0.*"):
+        other.unlink()
+    Image.new("L", (20, 20), 90).save(file)
+    dataset = folder.load(root, image_size=4, channels=channels)
+    images = next(part for part in (dataset.train, dataset.val, dataset.test) if "class3" in part.names)
+    image = images.images[images.starts[images.names.index("class3")]]
+    assert image.shape == (channels, 4, 4)
+    assert (image == 90).all()
+
+
+def test_links_that_lead_round_in_circles_are_named(root: Path) -> None:
+    (root / "round").symlink_to(root, target_is_directory=True)
+    with pytest.raises(FewShotError, match=line(str(root), "classes without images: round")):
+        folder.load(root)
+    (root / "round").unlink()
+    (root / "class3" / "loop.png").symlink_to(root / "class3" / "loop.png")
+    with pytest.raises(FewShotError, match=line(str(root / "class3" / "loop.png"), "expected a readable file")):
+        folder.load(root)
+    (root / "class3" / "loop.png").unlink()
+    (root / "loop").symlink_to(root / "loop", target_is_directory=True)
+    assert "loop" not in names(folder.load(root, image_size=4))[0]
+
+
+def test_names_that_are_no_unicode_are_read(root: Path) -> None:
+    strange = os.fsdecode(b"class\xff")
+    try:
+        (root / strange).mkdir()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    Image.new("RGB", (20, 20)).save(root / strange / os.fsdecode(b"\xfe.png"))
+    for _ in range(2):  # the second time from the cache
+        assert strange in [name for part in names(folder.load(root, image_size=4)) for name in part]
+    (root / strange / os.fsdecode(b"\xfd.png")).write_bytes(b"")
+    with pytest.raises(FewShotError, match="is not an image"):
+        folder.load(root, image_size=4)
+
+
+def test_a_cached_copy_without_names_is_built_anew(root: Path, own_cache: Path) -> None:
+    first = folder.load(root, image_size=4)
+    (cached,) = (own_cache / "datasets").glob("folder-*/train.safetensors")
+    save_file(load_file(cached), cached)
+    with pytest.warns(UserWarning, match="is damaged and built anew"):
+        second = folder.load(root, image_size=4)
+    assert torch.equal(first.train.images, second.train.images)

@@ -289,6 +289,10 @@ def test_a_class_in_two_splits(tmp_path: Path, splits: Splits, form: str) -> Non
         (lambda text: text.replace(",n06", "", 1), "filename,label"),
         (lambda text: text.replace(",n06", ",n06,7", 1), "filename,label"),
         (lambda text: text.replace("n0600000009", "n06\x0000000009", 1), "filename,label"),
+        (lambda text: text.replace("n06", "../n06", 1), "lists ../n06"),
+        (lambda text: text.replace("n06", "a/../../n06", 1), "expected files in the folder images"),
+        (lambda text: text.replace("n06", "..\\\\n06", 1), "expected files in the folder images"),
+        (lambda text: text.replace("n06", "x" * 10_000_000, 1), "header filename,label"),
         (lambda text: text.replace("n0600000009", "n0600000002", 1), "an image twice; expected 4 different ones"),
     ],
 )
@@ -306,6 +310,15 @@ def test_a_table_is_no_text(tmp_path: Path, splits: Splits) -> None:
     write_folder(tmp_path, splits)
     (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00")
     refuse(tmp_path, "train.csv", "header filename,label")
+
+
+def test_an_absolute_name_stays_in_the_folder(tmp_path: Path, splits: Splits) -> None:
+    outside = tmp_path / "outside.jpg"
+    outside.write_bytes(next(iter(images(splits).values())))
+    write_folder(tmp_path / "all", splits)
+    table = tmp_path / "all" / "val.csv"
+    table.write_text(re.sub("n06[0-9]+.jpg", str(outside), table.read_text(), count=1))
+    refuse(tmp_path / "all", f"/images{outside}", "cannot be read")
 
 
 def test_zip_without_table(tmp_path: Path, splits: Splits) -> None:

@@ -18,13 +18,14 @@ from fewshot_asam import config as configs
 from fewshot_asam import distributed
 from fewshot_asam.checkpoint import load_weights
 from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
-from fewshot_asam.config import TrainConfig, build_learner, load_data, resolve_device
+from fewshot_asam.config import TrainConfig, build_learner, load_data, require_count, require_seed, resolve_device
 from fewshot_asam.data import Dataset
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import evaluate, interval, paired_difference
 from fewshot_asam.inner import RuleName
 from fewshot_asam.memory import keep_freed_memory
+from fewshot_asam.meta import MetaLearner
 from fewshot_asam.train import result_text
 from fewshot_asam.trainer import evaluation_sampler
 
@@ -74,10 +75,13 @@ def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:
                 )
 
 
-def _accuracies(folder: str, config: TrainConfig, dataset: Dataset, test: EvalConfig) -> Tensor:
+def _learner(folder: str, config: TrainConfig, dataset: Dataset) -> MetaLearner:
     learner = build_learner(config, dataset.train.shape)
     load_weights(Path(folder) / "best.safetensors", learner.model)
-    learner.to(dataset.test.images.device)
+    return learner.to(dataset.test.images.device)
+
+
+def _accuracies(learner: MetaLearner, config: TrainConfig, dataset: Dataset, test: EvalConfig) -> Tensor:
     sampler = evaluation_sampler(config, dataset.test, test.seed)
     with precision(config.precision, sampler.images.images.device):
         return evaluate(learner, sampler, test.tasks, config.inner_steps)
@@ -97,21 +101,21 @@ def command(argv: Sequence[str]) -> None:
     add_settings(parser, EvalConfig)
     given: Any = parse(parser, argv)
     test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})
-    if test.tasks < 2:
-        raise FewShotError(f"tasks is {test.tasks}; expected at least 2, for an interval")
-    if not 0 <= test.seed < 2**63:
-        raise FewShotError(f"seed is {test.seed}; expected at least 0 and below 2**63")
-    if len(set(given.runs)) != len(given.runs):
+    require_count("tasks", test.tasks, 2)
+    require_seed("seed", test.seed)
+    folders = {folder: existing_run(folder) for folder in given.runs}
+    if len({folder.resolve() for folder in folders.values()}) != len(given.runs):
         raise FewShotError("the same run was given twice; expected different ones")
-    settings = {folder: _trained_and_tested(existing_run(folder), test) for folder in given.runs}
+    settings = {name: _trained_and_tested(folder, test) for name, folder in folders.items()}
     tested = {folder: pair[1] for folder, pair in settings.items()}
     _require_same_tasks(tested)
     keep_freed_memory()
     device, first_run = resolve_device(test.device), next(iter(tested.values()))
     dataset = distributed.one_a_machine_first(lambda: load_data(first_run, device))
+    learners = {folder: _learner(folder, config, dataset) for folder, config in tested.items()}
     accuracies: dict[str, Tensor] = {}
     for folder, config in tested.items():
-        accuracies[folder] = _accuracies(folder, config, dataset, test)
+        accuracies[folder] = _accuracies(learners[folder], config, dataset, test)
         distributed.say(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import signal
 import sys
 import warnings
@@ -18,14 +18,23 @@ from jsonargparse import ArgumentParser
 from fewshot_asam import distributed
 from fewshot_asam.distributed import PeerLost
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.settings import expanded, explained, nearest, read_yaml, require_known
 from fewshot_asam.stop import Stopped
+
+LONGEST = 2000
+"""Characters of an error; what is longer loses its middle."""
 
 
 class Parser(ArgumentParser):
     """A parser whose mistakes are `FewShotError`s."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise FewShotError(_one_line(message, [option for action in self._actions for option in action.option_strings]))
+        raise FewShotError(f"{explained(message, types(self))}{_meant(message, self)} (--help lists the options)")
+
+
+def types(parser: Parser) -> dict[str, Any]:
+    """The type of each of the parser's settings, by name."""
+    return {action.dest: hint for action in parser._actions if (hint := getattr(action, "_typehint", None)) is not None}
 
 
 def add_settings(parser: Parser, settings: type) -> None:
@@ -45,17 +54,9 @@ def add_settings(parser: Parser, settings: type) -> None:
 
 
 def config_first(argv: Sequence[str]) -> list[str]:
-    """The same arguments with `--config FILE` in front, so that every flag overrides the file."""
-    front, rest = [], []
-    words = iter(argv)
-    for word in words:
-        if word == "--config":
-            front += [word, *([value] if (value := next(words, None)) is not None else [])]
-        elif word.startswith("--config="):
-            front.append(word)
-        else:
-            rest.append(word)
-    return front + rest
+    """The same arguments with each `--config FILE` in front, so that every flag overrides the files."""
+    files, rest = _files_apart(argv)
+    return [f"--config={file}" for file in files] + rest
 
 
 def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) -> int:
@@ -67,16 +68,16 @@ def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) 
     try:
         with distributed.joined():
             command(sys.argv[1:] if argv is None else argv)
-    except PeerLost as error:
-        return _fail(str(error))
     except FewShotError as error:
+        if isinstance(error, PeerLost):
+            return _fail(_own(str(error)))
         return _fail(str(error)) if distributed.is_first() else 2  # all processes have it, so one says it
     except OSError as error:
-        return _fail(str(error))
+        return _fail(_own(str(error)))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        return _fail("the memory is full; lower meta_batch_size, hidden, inner_steps or image_size")
+        return _fail(_own("the memory is full; lower meta_batch_size, hidden, inner_steps or image_size"))
     except KeyboardInterrupt as error:
         if distributed.is_first():
             print(str(error) or "interrupted", file=sys.stderr)
@@ -84,19 +85,75 @@ def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) 
     return 0
 
 
+def _own(message: str) -> str:
+    """A message that is of this process alone."""
+    return f"process {distributed.rank()}: {message}" if distributed.size() > 1 else message
+
+
 def _fail(message: str) -> int:
-    where = f"process {distributed.rank()}: " if distributed.size() > 1 else ""
+    line = " ".join(message.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     with suppress(OSError):  # the disk may be full that this is written to
-        print(f"error: {where}{' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
     return 2
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> Any:
-    """The parsed namespace; whatever jsonargparse prints or raises becomes a `FewShotError`."""
+    """The parsed namespace, `~` expanded; whatever jsonargparse prints or raises becomes a `FewShotError`."""
+    _require_values(argv)
+    files, flags = _files_apart(argv) if "--config" in parser._option_string_actions else ([], list(argv))
+    given = _parsed(parser, [word for file in files for word in _flags(parser, Path(file))] + flags)
+    for name in types(parser):
+        if isinstance(given[name], Path):
+            given[name] = expanded(given[name])
+    return given
+
+
+def _files_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files named by `--config`, and the other words."""
+    files, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        elif word == "--config" and (file := next(words, None)) is not None:
+            files.append(file)
+        else:
+            rest.append(word)
+    return files, rest
+
+
+def _flags(parser: Parser, file: Path) -> list[str]:
+    """The settings of a YAML file as flags, each of them known and of its type."""
+    read = read_yaml(file)
+    require_known(read, types(parser), str(file))
+    flags = [f"--{name.replace('_', '-')}={_text(value)}" for name, value in read.items()]
     try:
-        return parser.parse_args(list(argv))
-    except (TypeError, ValueError, OSError) as error:
-        raise FewShotError(_one_line(str(error), [])) from error
+        _require_values(flags)
+        _parsed(parser, flags)
+    except FewShotError as error:
+        raise FewShotError(f"{file}: {error}") from error
+    return flags
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _require_values(words: Sequence[str]) -> None:
+    """Raises for an empty value, which no setting has; as a path it would be the current folder."""
+    for before, word in zip(["", *words], words, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            option = word or (before if before.startswith("--") else "an argument")
+            raise FewShotError(f"{option.rstrip('=')} is empty; expected a value")
+
+
+def _parsed(parser: Parser, words: Sequence[str]) -> Any:
+    try:
+        return parser.parse_args(list(words))
+    except (TypeError, ValueError, OSError, RecursionError) as error:
+        raise FewShotError(f"{explained(str(error), types(parser))} (--help lists the options)") from error
 
 
 def existing_run(folder: str) -> Path:
@@ -111,8 +168,8 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _one_line(message: str, known: Sequence[str]) -> str:
-    words = message.split()
-    unknown = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
-    close = difflib.get_close_matches(unknown, known, 1) if unknown and unknown not in known else []
-    return " ".join(words) + (f"; did you mean {close[0]}?" if close else "") + " (--help lists the options)"
+def _meant(message: str, parser: Parser) -> str:
+    """The option that may have been meant by the first one in `message` that there is not."""
+    known = list(parser._option_string_actions)
+    options = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
+    return nearest(options[0], known) if options and options[0] not in known else ""

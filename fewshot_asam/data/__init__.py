@@ -11,6 +11,7 @@ import torch
 
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.settings import expanded
 
 __all__ = ["DATASETS", "Dataset", "ImageSet", "load_dataset"]
 
@@ -41,7 +42,7 @@ def load_dataset(
         if option not in accepted:
             known = f"expected {', '.join(accepted)}" if accepted else "it has none"
             raise FewShotError(f"dataset {name!r} has no option {option!r}; {known}")
-    folder = None if root is None else Path(root).expanduser()
+    folder = None if root is None else expanded(Path(root))
     if folder is not None and not folder.is_dir():
         raise FewShotError(f"root {folder} is not a folder; expected the one that the data of {name!r} is in")
     dataset: Dataset = load(folder, **options)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import io
 import os
+import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +23,8 @@ from fewshot_asam.paths import cache_dir
 
 TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""
+LARGEST_MEMBER = 100_000_000
+"""Bytes of an archive's member: ten times a large photograph."""
 
 
 def locate(root: Path, names: Sequence[str], subfolders: Sequence[str] = ()) -> Path | None:
@@ -68,10 +72,18 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     """The bytes of one member of a zip archive, checked against its CRC; safe to call from several threads.
 
-    Raises `FewShotError` where there is no such member, or it is truncated, damaged or encrypted.
+    Raises `FewShotError` where there is no such member, or it is truncated, damaged, encrypted, inflates to more than
+    `LARGEST_MEMBER`, or is compressed in a way whose output cannot be bounded.
     """
     try:
-        return archive.read(name)
+        member = archive.getinfo(name)
+        if member.file_size > LARGEST_MEMBER or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise FewShotError(
+                f"{archive.filename}: member {name} has {member.file_size:,} bytes by compression method "
+                f"{member.compress_type}; expected at most {LARGEST_MEMBER:,}, stored or deflated"
+            )
+        with archive.open(member) as file:
+            return file.read(member.file_size + 1)  # to its end, but without inflating more than it claims
     except KeyError as error:
         raise FewShotError(f"{archive.filename} has no member {name}; expected one of that name") from error
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
@@ -105,7 +117,7 @@ def decode_image(
     """
     height, width = size
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        with _many_pixels_refused(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
             resized = _opaque(upright).convert(mode).resize((width, height), resample)
     except UnidentifiedImageError as error:
@@ -149,6 +161,14 @@ def fetch(url: str, known_hash: str | None, filename: str) -> Path:
             "get the file by other means and name its folder with --data-root"
         ) from error
     return Path(path)
+
+
+@contextmanager
+def _many_pixels_refused() -> Iterator[None]:
+    """Within, Pillow raises at its limit instead of only at twice that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -35,7 +35,7 @@ def cached(name: str, key: str, build: Callable[[], Dataset]) -> Dataset:
     if folder.is_dir():
         try:
             return Dataset(name, *(_read(folder / f"{split}.safetensors") for split in SPLITS))
-        except (OSError, SafetensorError, FewShotError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, FewShotError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the cached copy of {name} in {folder} is damaged and built anew ({error})", stacklevel=2)
             shutil.rmtree(folder, ignore_errors=True)
     dataset = build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,8 @@ from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+SHORT = reprlib.Repr()
+SHORT.maxstring = 100
 
 Classes = dict[str, list[str]]
 """Class name to the relative names of its images, both sorted."""
@@ -37,7 +40,7 @@ def load(
 
     - `root`: the folder; hidden files and folders in it are passed over.
     - `image_size`: height and width in pixels that every image is squashed to, antialiased.
-    - `channels`: 1 for grey, 3 for RGB.
+    - `channels`: 1 for grey, 3 for RGB; images of the other kind are converted.
     - `seed`: which classes go to which split.
     - `fractions`: the shares of the classes in train, val and test; they add up to 1.
     - `split_csv`: a file with the header `class,split` and a line for each class, its split being `train`, `val` or
@@ -106,9 +109,13 @@ def _split_by_csv(file: Path, classes: Classes) -> list[list[str]]:
             raise FewShotError(f"{file} line {line} has {len(row)} fields; expected 2: class,split")
         name, split = row
         if name not in classes:
-            raise FewShotError(f"{file} line {line}: there is no class folder {name!r}; expected one of that name")
+            raise FewShotError(
+                f"{file} line {line}: there is no class folder {SHORT.repr(name)}; expected one of that name"
+            )
         if split not in SPLITS:
-            raise FewShotError(f"{file} line {line}: split {split!r} is unknown; expected {', '.join(SPLITS)}")
+            raise FewShotError(
+                f"{file} line {line}: split {SHORT.repr(split)} is unknown; expected {', '.join(SPLITS)}"
+            )
         if name in splits:
             raise FewShotError(f"{file} line {line} repeats class {name!r}; expected each class once")
         splits[name] = split
@@ -127,7 +134,7 @@ def _csv_rows(file: Path) -> list[tuple[int, list[str]]]:
         raise FewShotError(f"{file} cannot be read ({error}); expected a CSV file with header class,split") from error
     if not rows or rows[0][1] != ["class", "split"]:
         header = ",".join(rows[0][1]) if rows else ""
-        raise FewShotError(f"{file} line 1 is {header!r}; expected the header 'class,split'")
+        raise FewShotError(f"{file} line 1 is {SHORT.repr(header)}; expected the header 'class,split'")
     return rows[1:]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import h5py
@@ -159,6 +159,8 @@ def _listing(text: bytes, origin: str, split: str) -> dict[str, list[str]]:
         raise FewShotError(f"{origin} has other columns; expected filename,label in each of its rows")
     listing: dict[str, list[str]] = {}
     for filename, label in rows:
+        if ".." in PurePosixPath(filename.replace("\\", "/")).parts:
+            raise FewShotError(f"{origin} lists {filename}; expected files in the folder images")
         listing.setdefault(label, []).append(filename)
     _check_members(listing, origin, split)
     return listing

@@ -1,0 +1,124 @@
+"""Settings as people write them: strictly read YAML, home folders, and what is wrong with a value in plain words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from fewshot_asam.errors import FewShotError
+
+LARGEST_FILE = 20_000
+"""Bytes; a file of settings has about a thousand."""
+DEEPEST = 3
+"""Levels of nesting; YAML takes time that grows with their square."""
+_REFUSED = re.compile(r'key "(?P<name>\w+)":\s.*(?:Got|Given) value: (?P<value>.*)', re.DOTALL)
+"""How jsonargparse says that a value has not the type of its setting."""
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """The names and values of a YAML file of settings; tags, aliases and repeated names are refused.
+
+    Raises `FewShotError` naming the file and, where there is one, the line.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise FewShotError(f"{path} has more than {LARGEST_FILE:,} bytes; expected a YAML file of settings")
+        text = content.decode("utf-8-sig")
+        _require_plain(path, text)
+        read = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise FewShotError(f"{path} does not exist; expected a YAML file of settings") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise FewShotError(f"{path} is not a YAML file of settings ({_reason(error)})") from error
+    if not isinstance(read, dict):
+        raise FewShotError(f"{path} does not hold settings; expected lines of a name and a value, such as 'ways: 5'")
+    return read
+
+
+def require_known(names: Collection[object], known: Collection[str], origin: str) -> None:
+    """Raises `FewShotError` for the first of `names` that is not `known`, with the one that may have been meant."""
+    for name in names:
+        if name not in known:
+            raise FewShotError(f"{origin}: there is no setting {str(name)!r}{nearest(str(name), known)}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """`; did you mean ...?`, or nothing where no known name is like this one."""
+    plain = {_plain(key): key for key in known}
+    wanted = _plain(name)
+    close = [key for key in plain if wanted in key.split("_")] or difflib.get_close_matches(wanted, plain, 1)
+    return f"; did you mean {' or '.join(plain[key] for key in close)}?" if close else ""
+
+
+def explained(message: str, types: dict[str, Any]) -> str:
+    """jsonargparse's message on one line; where it refuses a value, in our words."""
+    refused = _REFUSED.search(message)
+    if refused is None or refused["name"] not in types:
+        return " ".join(message.split())
+    name, value = refused["name"], refused["value"].strip()
+    return f"{name} is {value!r}; expected {_described(types[name])}{nearest(value, _choices(types[name]))}"
+
+
+def expanded(path: Path) -> Path:
+    """The path with a leading `~` or `~user` as that home folder; raises `FewShotError` where there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise FewShotError(f"{path} begins with a home folder that is not known; write it out") from error
+
+
+def _require_plain(path: Path, text: str) -> None:
+    """Raises for what a file of settings has no use for, and what could make it larger than it looks."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            where = f"{path} line {_line(event.start_mark)}"
+            raise FewShotError(f"{where} is nested or has a YAML alias or tag; expected names and plain values")
+    root = yaml.compose(text, yaml.SafeLoader)
+    seen = set()
+    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+        if isinstance(key.value, str) and key.value in seen:
+            raise FewShotError(f"{path} line {_line(key.start_mark)} gives {key.value} again; expected it once")
+        seen.add(str(key.value))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"line {_line(error.problem_mark)}: {error.problem}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _line(mark: Any) -> int:
+    return mark.line + 1 if mark else 1
+
+
+def _plain(name: str) -> str:
+    return name.strip("-").lower().replace("-", "_").replace("learning_rate", "lr")
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that a setting of this type may be, where it is one of some."""
+    if get_origin(kind) is Literal:
+        return [str(choice) for choice in get_args(kind)]
+    return [choice for part in get_args(kind) for choice in _choices(part)]
+
+
+def _described(kind: Any) -> str:
+    if choices := _choices(kind):
+        return f"one of {', '.join(choices)}"
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_described, parts))
+    if get_origin(kind) is tuple:
+        return f"a list of {len(parts)}, each {_described(parts[0])}"
+    return _TYPES.get(kind, str(kind))
