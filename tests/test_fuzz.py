@@ -50,21 +50,8 @@ PICKLES = [
 ]
 TOKENS = {
     "yaml": [
-        b"&a ",
-        b"*a",
-        b"!!int ",
-        b"- ",
-        b": ",
-        b"? ",
-        b"<<: ",
-        b"---\n",
-        b"[",
-        b"{",
-        b"|",
-        b"\t",
-        b"0x",
-        b".nan",
-        b"~",
+        *(b"&a ", b"*a", b"- ", b": ", b"? ", b"<<: ", b"---\n", b"[", b"{", b"|", b"\t", b"0x", b".nan", b"~"),
+        *(b"\nseed: !!int ''\n", b"\nseed: !!timestamp x\n", b"\nseed: !!bool x\n", b"\nseed: 2020-99-99\n"),
     ],
     "csv": [b'"', b",", b"\n", b"\r", b"\0", b"../", b"\xff", b"a" * 140_000],
     "pickle": [

@@ -166,11 +166,21 @@ def test_code_is_refused_by_name(
         ("dtype V5", pickle.dumps(np.zeros(2, "u1,f4"))),
         ("dtype M8", pickle.dumps(np.zeros(2, "M8[s]"))),
         ("encoding rot13", GLOBAL["encode"] + b"(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR."),
+        ("it holds a StandIn", GLOBAL["dtype"] + b"."),
+        ("it holds a Dtype", b"](}(N" + UINT8 + b"ue."),
         ("_no_bytes", b"cbuiltins\nbytes\n(J\x00\x00\x00\x7ftR."),
     ],
 )
 def test_everything_else_is_refused(read: Callable[[bytes], object], reason: str, content: bytes) -> None:
     refuse(read, content, reason)
+
+
+def test_a_list_that_holds_itself_is_read(read: Callable[[bytes], object]) -> None:
+    content: list[object] = [1]
+    content.append(content)
+    result = read(pickle.dumps(content))
+    assert isinstance(result, list)
+    assert result[1] is result
 
 
 def state(shape: bytes, data: bytes, dtype: bytes = UINT8) -> bytes:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fewshot_asam.errors import FewShotError
 
 PLAIN = "only numpy arrays, dict, list, tuple, str, bytes, int, float, bool and None"
+_PARTS = (np.ndarray, np.generic, str, bytes, bytearray, int, float, type(None))
 PLAIN_DTYPE = re.compile(r"b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|S[1-9]\d{0,8}")
 
 
@@ -31,7 +32,9 @@ def load_plain(path: Path) -> object:
         with path.open("rb") as file:
             _check_sizes(file)
             file.seek(0)
-            return _PlainUnpickler(file, encoding="latin1").load()
+            content: object = _PlainUnpickler(file, encoding="latin1").load()
+        _require_plain(content)
+        return content
     # What a damaged pickle raises is open-ended: any of its opcodes may meet any object.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -48,6 +51,20 @@ def _check_sizes(file: BinaryIO) -> None:
     for position, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name.endswith("PUT") and isinstance(argument, int) and argument > position:
             raise pickle.UnpicklingError(f"memo index {argument} before as many objects")
+
+
+def _require_plain(content: object) -> None:
+    """Raises where a part of `content` is something else, such as a stand-in that was never called."""
+    seen, todo = set(), [content]
+    while todo:
+        value = todo.pop()
+        if type(value) in (dict, list, tuple, set, frozenset):
+            parts: Any = value
+            if id(value) not in seen:
+                todo += [*parts, *(parts.values() if isinstance(parts, dict) else ())]
+            seen.add(id(value))
+        elif not isinstance(value, _PARTS):
+            raise pickle.UnpicklingError(f"it holds a {type(value).__name__.strip('_')}")
 
 
 class _PlainUnpickler(pickle.Unpickler):
