@@ -116,9 +116,11 @@ def read_metrics(folder: Path) -> list[Row]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(row, dict) or "iteration" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+            break
+        if not all(isinstance(value, int | float) for value in row.values()):
             break
         rows.append(row)
     return rows

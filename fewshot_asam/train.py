@@ -74,9 +74,7 @@ def _announce(trainer: Trainer) -> None:
     trainer.learner.engine = trainer.progress.engine = choice.name
     distributed.say(f"engine {choice.name}{_options(trainer)}: {choice.reason}")
     if trainer.progress.iteration >= config.iterations:
-        distributed.say(
-            f"all {config.iterations} iterations are done; --iterations can be raised where the schedule is constant"
-        )
+        distributed.say(f"all {config.iterations} iterations are done; raise --iterations to go on")
     elif _out_of_time(trainer):
         distributed.say(f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on")
 

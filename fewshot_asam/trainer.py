@@ -149,11 +149,9 @@ class Trainer:
 
 
 def build(config: TrainConfig, dataset: Dataset, device: torch.device) -> Trainer:
-    """A trainer that has done nothing yet. Raises `FewShotError` where the dataset is too small for the settings."""
+    """A trainer that has done nothing yet. Raises `FewShotError` where there are more processes than tasks."""
     learner = build_learner(config, dataset.train.shape).to(device)
     train_tasks = EpisodeSampler(dataset.train, config.ways, config.shots, config.queries, seed=config.seed)
-    for images in (dataset.val, dataset.test):
-        evaluation_sampler(config, images)
     if config.meta_batch_size < distributed.size():
         raise FewShotError(
             f"meta_batch_size is {config.meta_batch_size}, which leaves some of the {distributed.size()} processes "

@@ -53,12 +53,6 @@ def add_settings(parser: Parser, settings: type) -> None:
         )
 
 
-def config_first(argv: Sequence[str]) -> list[str]:
-    """The same arguments with each `--config FILE` in front, so that every flag overrides the files."""
-    files, rest = _files_apart(argv)
-    return [f"--config={file}" for file in files] + rest
-
-
 def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) -> int:
     """Calls `command` with the arguments, as one process of a job where there is one.
 
