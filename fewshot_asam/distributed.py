@@ -34,7 +34,8 @@ def joined() -> Iterator[None]:
         yield
         return
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FewShotError(f"the processes of this job do not find each other ({reason}); use torchrun") from error

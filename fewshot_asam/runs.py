@@ -129,14 +129,14 @@ def read_metrics(folder: Path) -> list[Row]:
 class MetricsLog:
     """Appends rows to `metrics.jsonl` and their numbers to TensorBoard's events.
 
-    Rows beyond iteration `resumed_at` are dropped first and the events are written anew from the others, so that a
-    resumed run repeats none. Events carry the time that was spent on training, not what passed while a run was stopped.
+    Rows beyond the first `rows` are dropped and the events are written anew from the others, so that a resumed run
+    repeats none. Events carry the time that was spent on training, not what passed while a run was stopped.
     Raises `FewShotError` where they cannot be written.
     """
 
-    def __init__(self, folder: Path, resumed_at: int) -> None:
+    def __init__(self, folder: Path, rows: int) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(folder) if row["iteration"] <= resumed_at]
+        kept = read_metrics(folder)[:rows]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()

@@ -149,12 +149,12 @@ def _fit(trainer: Trainer, stop: Stop) -> None:
     bar = tqdm(
         total=total, initial=done, unit="it", desc="training", dynamic_ncols=True, mininterval=0.5, disable=not first
     )
-    with bar, runs.MetricsLog(trainer.folder, done) if first else nullcontext() as log:
+    with bar, runs.MetricsLog(trainer.folder, trainer.progress.rows) if first else nullcontext() as log:
         try:
             _loop(trainer, stop, bar, log)
         except (Stopped, PeerLost) as error:
             if isinstance(error, Stopped) or trainer.device.type == "cpu":  # a GPU would wait for the lost process
-                trainer.save()
+                _save(trainer, log)
             raise
 
 
@@ -166,15 +166,13 @@ def _loop(trainer: Trainer, stop: Stop, bar: Any, log: runs.MetricsLog | None) -
     while True:
         last = _finished(trainer)
         validation_due = last or progress.iteration % config.validate_every == 0
-        if trainer.unread and (validation_due or progress.iteration % every == 0):
+        if validation_due or progress.iteration % every == 0:
             _report(trainer, bar, log)
         if validation_due and progress.validated < progress.iteration:
             _validate(trainer, stop, log)
         reached = (progress.iteration, progress.validated)
         if (last or progress.iteration % config.checkpoint_every == 0) and saved != reached:
-            if log is not None:
-                log.sync()
-            trainer.save()
+            _save(trainer, log)
             saved = reached
         if last:
             return
@@ -182,6 +180,12 @@ def _loop(trainer: Trainer, stop: Stop, bar: Any, log: runs.MetricsLog | None) -
         trainer.advance()
         progress.seconds = time.monotonic() - started
         bar.update()
+
+
+def _save(trainer: Trainer, log: runs.MetricsLog | None) -> None:
+    if log is not None:
+        log.sync()
+    trainer.save()
 
 
 def _finished(trainer: Trainer) -> bool:
@@ -195,9 +199,12 @@ def _out_of_time(trainer: Trainer) -> bool:
 
 
 def _report(trainer: Trainer, bar: Any, log: runs.MetricsLog | None) -> None:
-    progress = trainer.progress
-    loss, accuracy, _ = trainer.read().double().mean(0).tolist()
-    trainer.unread.clear()
+    progress, numbers = trainer.progress, trainer.read()
+    if len(numbers) == 0:
+        return
+    loss, accuracy, _ = numbers.double().mean(0).tolist()
+    trainer.unlogged = numbers[:0]
+    progress.rows += 1
     if log is None:
         return
     log.add(progress.iteration, train_loss=loss, train_accuracy=accuracy, seconds=progress.seconds)
@@ -216,6 +223,7 @@ def _validate(trainer: Trainer, stop: Stop, log: runs.MetricsLog | None) -> None
     if log is not None:
         log.add(progress.iteration, val_accuracy=result.mean, val_ci95=result.half_width)
     progress.validated = progress.iteration
+    progress.rows += 1
     if result.mean > progress.best_accuracy:
         progress.best_accuracy, progress.best_iteration = result.mean, progress.iteration
         trainer.keep_best()

@@ -30,6 +30,8 @@ class Progress:
     iteration: int = 0
     validated: int = 0
     """the iteration of the last validation"""
+    rows: int = 0
+    """lines of metrics.jsonl"""
     best_accuracy: float = -1.0
     best_iteration: int = 0
     seconds: float = 0.0
@@ -51,8 +53,10 @@ class Trainer:
     folder: Path = Path()
     progress: Progress = field(default_factory=Progress)
     best: Weights = field(default_factory=dict)
+    unlogged: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    """`[n, 3]`: loss, accuracy and norm of iterations that `metrics.jsonl` does not speak of yet"""
     unread: list[Tensor] = field(default_factory=list)
-    """`[3]` each: loss, accuracy and norm of iterations that `metrics.jsonl` does not speak of yet"""
+    """the same of later iterations, `[3]` each and still on the device"""
 
     @property
     def device(self) -> torch.device:
@@ -72,9 +76,11 @@ class Trainer:
         self.progress.iteration += 1
 
     def read(self) -> Tensor:
-        """The unread numbers, `[n, 3]`, on the CPU; raises `FewShotError` where one is not finite."""
-        numbers = torch.stack(self.unread).cpu()
-        self.unread = list(numbers)
+        """The unlogged numbers, with those that were on the device; raises `FewShotError` where one is not finite."""
+        if self.unread:
+            self.unlogged = torch.cat([self.unlogged, torch.stack(self.unread).cpu()])
+            self.unread = []
+        numbers = self.unlogged
         bad = (~numbers.isfinite()).any(1).nonzero()
         if len(bad) == 0:
             return numbers
@@ -89,8 +95,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint, the first process for all."""
-        if self.unread:
-            self.read()
+        self.read()
         if distributed.is_first():
             save_state(self.folder, self.progress.iteration, self._state())
             save_weights(self.folder / "last.safetensors", weights(self.learner.model))
@@ -130,7 +135,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "train_tasks": self.train_tasks.state_dict(),
-            "unread": torch.stack(self.unread) if self.unread else torch.empty(0, 3),
+            "unlogged": self.unlogged,
         }
 
     def _load(self, state: dict[str, Any], name: str) -> None:
@@ -140,7 +145,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.train_tasks.load_state_dict(state["train_tasks"])
-            self.best, self.unread = state["best"], list(state["unread"])
+            self.best, self.unlogged = state["best"], state["unlogged"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise FewShotError(
                 f"{name} is not of a run with these settings, this package ({__version__}) and this kind of device "
