@@ -28,7 +28,7 @@ from fewshot_asam.cli import train_maml
 RUN = [
     *("--dataset", "folder", "--image-size", "16", "--ways", "3", "--shots", "1", "--queries", "2", "--hidden", "4"),
     *("--iterations", "8", "--meta-batch-size", "2", "--checkpoint-every", "3", "--validate-every", "4"),
-    *("--validate-tasks", "4", "--test-tasks", "4", "--engine", "loop", "--validation", "augment"),
+    *("--validate-tasks", "4", "--test-tasks", "4", "--engine", "loop", "--validation", "augment", "--inner", "maml"),
 ]
 """A run of a second or so; augmentation has a random stream of its own, which must go on too."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import faults
-from fewshot_asam.checkpoint import STATES, latest_state
+from fewshot_asam.checkpoint import STATES, decode, latest_state, read_state
 
 KILLS = int(os.environ.get("FEWSHOT_ASAM_KILLS", "100"))
 """Runs are killed at random moments until there were so many kills."""
@@ -119,7 +119,8 @@ def test_a_signal_ends_the_iteration_and_saves(
 ) -> None:
     folder = tmp_path / "run"
     process = faults.start(folder, *data, "--checkpoint-every", "1000")
-    wait_for_iteration(folder, 2)
+    wait_for_text(folder / "metrics.jsonl", '"iteration": 2,')
+    assert process.pid is not None
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number
@@ -135,11 +136,28 @@ def test_a_signal_ends_the_iteration_and_saves(
     assert faults.differences(found["weights"], expected["weights"]) == []
 
 
-def test_a_signal_during_validation_or_test_is_heard_at_once(data: list[str], tmp_path: Path) -> None:
-    folder, tests = tmp_path / "run", ["--test-tasks", "1000000"]
-    process = faults.start(folder, *data, *tests)
-    while not (folder / STATES / "0000000008.ckpt").exists():
-        time.sleep(0.02)
+def test_a_validation_that_is_broken_off_is_done_on_resume_and_logged_once(data: list[str], tmp_path: Path) -> None:
+    settings = [*data, "--validate-tasks", "400", "--checkpoint-every", "1000"]
+    assert faults.finish(tmp_path / "whole", *settings)[0] == 0
+    folder = tmp_path / "run"
+    process = faults.start(folder, *settings)
+    wait_for_text(folder / "metrics.jsonl", '"iteration": 4,')
+    process.terminate()
+    process.join(60)
+    progress = decode(*read_state(folder))["progress"]
+    assert (progress["iteration"], progress["validated"], progress["rows"]) == (4, 0, 4)
+    process = faults.start(folder, *settings)
+    wait_for_text(folder / "metrics.jsonl", "val_accuracy")
+    process.kill()
+    process.join()
+    assert faults.finish(folder, *settings)[0] == 0
+    assert faults.differences(faults.outcome(folder)["rows"], faults.outcome(tmp_path / "whole")["rows"]) == []
+
+
+def test_a_signal_during_the_test_is_heard_at_once(data: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = faults.start(folder, *data, "--test-tasks", "1000000")
+    wait_for(folder / STATES / "0000000008.ckpt")
     time.sleep(0.3)
     process.terminate()
     process.join(30)
@@ -169,13 +187,13 @@ def wait_for(path: Path) -> None:
     raise AssertionError(f"{path} does not appear")
 
 
-def wait_for_iteration(folder: Path, iteration: int) -> None:
-    wait_for(folder / "metrics.jsonl")
+def wait_for_text(path: Path, text: str) -> None:
+    wait_for(path)
     for _ in range(3000):
-        if f'"iteration": {iteration},' in (folder / "metrics.jsonl").read_text():
+        if text in path.read_text():
             return
         time.sleep(0.01)
-    raise AssertionError(f"iteration {iteration} is not reached")
+    raise AssertionError(f"{path} does not get {text}")
 
 
 def assert_one_line(printed: str, message: str) -> None:
@@ -208,7 +226,7 @@ def test_a_damaged_checkpoint(whole: Path, data: list[str], expected: dict[str, 
 def test_two_processes_may_not_train_into_one_folder(data: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = faults.start(folder, *data)
-    wait_for_iteration(folder, 1)
+    wait_for_text(folder / "metrics.jsonl", '"iteration": 1,')
     second = faults.start_logged(tmp_path / "second.log", folder, *data)
     second.join(60)
     assert second.exitcode == 2
