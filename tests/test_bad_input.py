@@ -255,7 +255,7 @@ def _spoil(root: Path) -> None:
         "queries": text.replace("queries: 2", "queries: 1"),
         "wider": text.replace("hidden: 4", "hidden: 8"),
         "newer": text + "dropout: 0.1\n",
-        "cut": text[: len(text) // 2],
+        "cut": text[: text.index("\n", len(text) // 2)],
         "garbled": "\0" + text,
     }
     for name in ("unweighted", "damaged", *changed):
