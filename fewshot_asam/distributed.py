@@ -18,6 +18,7 @@ from torch import Tensor
 from fewshot_asam.errors import FewShotError
 
 Result = TypeVar("Result")
+_joined = False
 
 
 class PeerLost(FewShotError):
@@ -26,10 +27,12 @@ class PeerLost(FewShotError):
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Joins the job that the environment speaks of (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`), if there is one.
+    """Within, this is one process of the job that the environment speaks of (`RANK`, `WORLD_SIZE`), if there is one.
 
-    Processes talk by gloo about what is on the CPU and by NCCL about what is on GPUs.
+    Processes talk by gloo about what is on the CPU and by NCCL about what is on GPUs. Outside there is one process,
+    even if a program of one's own uses `torch.distributed`. Raises `FewShotError` where the others are not found.
     """
+    global _joined
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield
         return
@@ -39,23 +42,25 @@ def joined() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FewShotError(f"the processes of this job do not find each other ({reason}); use torchrun") from error
+    _joined = True
     yield
+    _joined = False
     dist.destroy_process_group()  # not where something failed: the others may never answer
 
 
 def rank() -> int:
     """The number of this process in the job, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined else 0
 
 
 def size() -> int:
     """How many processes the job has."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined else 1
 
 
 def local_rank() -> int:
     """The number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
+    return int(os.environ.get("LOCAL_RANK", "0")) if _joined else 0
 
 
 def is_first() -> bool:

@@ -24,6 +24,7 @@ from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.evaluate import TASKS_AT_ONCE, evaluate
 from fewshot_asam.meta import MetaLearner
 from fewshot_asam.models import build_model
+from fewshot_asam.runs import read_metrics
 from problems import RULES, SHAPE, deviation, episodes, make_images
 
 TASKS = 5
@@ -113,6 +114,29 @@ def test_shares_cover_everything_once_and_evenly(tmp_path: Path) -> None:
     assert {largest for (_, largest, _), _ in found} == {3}
     assert {first for (_, _, first), _ in found} == {found[0][0][0]}
     assert all(values == [1.0] * 7 for _, values in found)
+
+
+def alone() -> list[float]:
+    """In a job that is not the package's own, but the caller's."""
+    torch.distributed.init_process_group("gloo")
+    found = [distributed.size(), distributed.rank(), distributed.largest(7.0), len(accuracies())]
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def unjoined(out: Path) -> int:
+    torch.set_default_dtype(torch.float64)
+    if os.environ["RANK"] == "0":
+        torch.save(alone(), out / "0.pt")
+    else:
+        torch.distributed.init_process_group("gloo")
+    return 0
+
+
+def test_another_program_of_several_processes_is_left_alone(tmp_path: Path) -> None:
+    """One of its processes may evaluate by itself; it would wait for the others for ever if the tasks were shared."""
+    ended(faults.start_job(tmp_path, 2, unjoined, tmp_path))
+    assert torch.load(tmp_path / "0.pt") == [1, 0, 7.0, TASKS_AT_ONCE + 1]
 
 
 def failing() -> str:
@@ -226,8 +250,9 @@ def test_a_process_that_dies_ends_the_job(data: list[str], tmp_path: Path, dead:
     iteration = decode(*read_state(tmp_path / "run"))["progress"]["iteration"]
     assert iteration >= (3 if dead == 0 else 6)
     assert f"goes on after iteration {iteration} of 1000" in message
+    reached = max(row["iteration"] for row in read_metrics(tmp_path / "run"))
     job = train(tmp_path, 2, *data, "--iterations", 1000, "--checkpoint-every", 1000)
-    wait_for_iteration(tmp_path / "run", iteration // 2 * 2 + 2)
+    wait_for_iteration(tmp_path / "run", reached + 2)
     for process in job:
         process.terminate()
     ended(job, {143})
