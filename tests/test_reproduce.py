@@ -44,7 +44,7 @@ defaults:
   test_tasks: 20
   checkpoint_every: 10
   congruence_tasks: 2
-  engine: loop
+  engine: vmap
 tests:
   own: {tasks: 640}
   MAML: {tasks: 40, inner: maml, inner_steps: 3}
