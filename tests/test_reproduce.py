@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -23,7 +24,8 @@ import faults
 from fewshot_asam.cli import reproduce_maml, train_maml
 from fewshot_asam.config import TrainConfig
 from fewshot_asam.evaluate import Interval, interval
-from fewshot_asam.reproduce import ledger, page, plan, statistics
+from fewshot_asam.reproduce import ledger, page, plan, plots, queue, statistics
+from fewshot_asam.reproduce.found import sweeps
 from fewshot_asam.reproduce.plan import Plan, cells, read_plan
 from fewshot_asam.runs import read_summary
 
@@ -322,6 +324,7 @@ def test_shipped_plans_give_commands_that_give_their_runs(file: Path) -> None:
         assert not resume
         assert replace(given, data_root=None) == cell.config
         assert plan.cell_name(given) == cell.name
+        assert f"--inner {cell.config.inner}" in plan.command(cell.config)
 
 
 def test_the_paper_s_plan_is_the_protocol_s_files() -> None:
@@ -429,3 +432,45 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
     assert len(error) == 1, error
     assert error[0].startswith("error: ")
     assert message in error[0]
+
+
+def invented(cell: plan.Cell) -> dict[str, Any]:
+    """A record of a run whose accuracy is 0.9, and 10 points more for Agnostic-SAM of radius 5e-2."""
+    generator = torch.Generator().manual_seed(cell.config.seed)
+    images = cell.config.ways * cell.config.queries
+    better = 0.1 if (cell.config.inner, cell.config.rho) == ("agnostic_sam", 0.05) else 0.0
+    tests = []
+    for test in cell.tests:
+        right = torch.rand(test.tasks, images, generator=generator) < 0.85 + better + 0.01 * cell.config.seed
+        adaptation = {"inner": test.inner, "inner_steps": test.inner_steps, "inner_lr": test.inner_lr}
+        packed = ledger.pack(right.float().mean(1), images)
+        tests.append(adaptation | {"tasks": test.tasks, "query_images": images, "right": packed})
+    course = {"iteration": [500, 1000], "seconds": [60.0, 120.0], "accuracy": [0.8, 0.9]}
+    course |= {"congruence_before": [0.3, 0.4], "congruence_after": [0.2, 0.5]}
+    where = {"device": "cpu", "threads": 2, "engine": "loop", "versions": {"torch": "2"}}
+    head = {"cell": cell.name, "seed": cell.config.seed, "settings": queue.plain(cell.config), "tests": tests}
+    return head | where | {"wall_seconds": 120.0, "iterations": 1000, "best_iteration": 1000, "validation": course}
+
+
+def test_the_small_plan_s_page_when_all_is_done(tmp_path: Path) -> None:
+    small = read_plan(ROOT / "plans" / "small.yaml")
+    found = {cell.name: invented(cell) for cell in cells([small])}
+    (tmp_path / ledger.FILE).write_text("".join(json.dumps(record) + "\n" for record in found.values()))
+    page.write_page([small], tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"{len(found)} of {len(found)} runs are done" in text
+    assert "Missing" not in text
+    verdicts = {row.split(" | ")[0].strip("| "): row.split(" | ")[-1].strip("| ") for row in text.splitlines()}
+    assert verdicts["Agnostic-SAM 5e-2 − MAML"] == "better"
+    assert verdicts["Agnostic-SAM 5e-4 − MAML"] == "inside the noise"
+    assert text.count("| MAML | 0.400 ± 0.000 | 0.500 ± 0.000 | 3 |") == 5
+    (sweep,) = plots.sweep_names(small, sweeps(small, found)).items()
+    assert sweep[0] == "small-radii-1.png"
+    radii = {name: sorted(family) for name, family in sweep[1].items()}
+    assert radii["agnostic_sam"] == [5e-4, 5e-3, 5e-2]
+    assert radii["agnostic_sam, augment"] == [5e-4, 5e-2]
+    assert radii["sharp_maml_low"] == [5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1]
+    assert radii["maml"] == [0.0]
+    pictures = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    assert pictures == {path.name for path in tmp_path.glob("*.png")}
+    assert len(pictures) == len(small.sections) + 1

@@ -11,7 +11,7 @@ from fewshot_asam.evaluate import Interval, interval
 from fewshot_asam.reproduce import ledger, plots
 from fewshot_asam.reproduce.found import Found, look_up, sweeps
 from fewshot_asam.reproduce.ledger import Record
-from fewshot_asam.reproduce.plan import Plan, cells, command
+from fewshot_asam.reproduce.plan import Plan, adaptation_command, cells, command
 from fewshot_asam.reproduce.queue import FEWER
 from fewshot_asam.reproduce.statistics import Spread, compare, over_seeds
 
@@ -88,7 +88,7 @@ def _setting(found: Found) -> str:
     return (
         f"{config.dataset}, {config.ways}-way {config.shots}-shot, {config.queries} queries a class, "
         f"{config.norm} norm; {config.model}, {config.hidden} filters; {config.iterations:,} iterations of "
-        f"{config.meta_batch_size} tasks, "
+        f"{config.meta_batch_size} tasks, Adam of {config.meta_lr:g} ({config.schedule}); "
         f"{config.inner_steps} inner step{'s' if config.inner_steps > 1 else ''} of {config.inner_lr:g}; "
         f"tested on {tasks:,} tasks."
     )
@@ -171,9 +171,10 @@ def _machine(record: Record) -> str:
 
 def _commands(found: Found) -> str:
     lines = [command(config) for config in found.section.rules.values()]
+    tests = [adaptation_command(test) for test in found.section.tests.values()]
     seeds = ", ".join(f"`--seed {seed}`" for seed in found.section.seeds[1:])
     others = f" (the others: {seeds})" if seeds else ""
-    return f"The runs of the first seed{others}:\n\n```\n" + "\n".join(lines) + "\n```\n"
+    return f"The runs of the first seed{others} and their tests:\n\n```\n" + "\n".join(lines + tests) + "\n```\n"
 
 
 def _missing(plan: Plan, sections: Sequence[Found]) -> Iterable[str]:

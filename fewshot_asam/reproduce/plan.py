@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewshot_asam.config import TrainConfig, changed, from_plain, require_count, require_seed
+from fewshot_asam.config import TrainConfig, changed, from_plain, plain, require_count, require_seed
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.settings import nearest, read_yaml, require_known
 
@@ -27,6 +27,8 @@ WITHOUT_EFFECT = (
     *("engine", "compiled", "recompute", "cuda_graph"),
 )
 """Settings that leave a run's weights as they are, up to rounding."""
+SAID = ("inner", "dataset", "ways", "shots", "seed")
+"""Settings that a command line says even where they are as by default."""
 MOST_SEEDS = 10
 
 
@@ -126,10 +128,16 @@ def cell_name(config: TrainConfig) -> str:
 
 def command(config: TrainConfig) -> str:
     """The command line that gives this run, with `DATA` for the folder that holds the data."""
-    given = {name: value for name, value in changed(config).items() if name not in ELSEWHERE[:4]}
-    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", _word(value))]
+    settings, differ = plain(config), changed(config)
+    said = (*SAID, *(["rho"] if config.inner != "maml" else []))
+    names = [name for name in settings if name in said or (name in differ and name not in ELSEWHERE)]
     data = [] if config.dataset == "glyphs" else ["--data-root", "DATA"]
-    return shlex.join(["train_maml", *words, *data])
+    return shlex.join(["train_maml", *_flags({name: settings[name] for name in names}), *data])
+
+
+def adaptation_command(test: Mapping[str, Any]) -> str:
+    """The command line that tests the run in the folder `RUN` so."""
+    return shlex.join(["eval_maml", "RUN", *_flags(test)])
 
 
 def resolved(test: Mapping[str, Any], config: TrainConfig) -> Test:
@@ -138,8 +146,10 @@ def resolved(test: Mapping[str, Any], config: TrainConfig) -> Test:
     return Test(inner, steps, lr, test["tasks"])
 
 
-def _word(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
 
 
 def _merged(tests: Iterable[Test]) -> tuple[Test, ...]:

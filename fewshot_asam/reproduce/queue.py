@@ -7,7 +7,6 @@ nothing is computed twice however often the queue is stopped.
 from __future__ import annotations
 
 import platform
-import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from fewshot_asam.config import TrainConfig, load_data, plain, resolve_device
 from fewshot_asam.evaluate import interval
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.ledger import Record
-from fewshot_asam.reproduce.plan import ELSEWHERE, Cell, Test, command
+from fewshot_asam.reproduce.plan import ELSEWHERE, Cell, Test, adaptation_command, command
 from fewshot_asam.stop import Stop, Stopped, deadline
 from fewshot_asam.train import train
 from fewshot_asam.trainer import Diverged, best_learner, evaluated
@@ -160,8 +159,7 @@ def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between
     adapting = replace(config, **adaptation)
     learner = best_learner(folder, adapting, dataset)
     found = evaluated(learner, adapting, dataset.test, test.tasks, between=between)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in adaptation.items()]
-    record: Record = {"command": shlex.join(["eval_maml", "RUN", "--tasks", str(test.tasks), *words])}
+    record: Record = {"command": adaptation_command(test._asdict())}
     record |= adaptation | {"rule": adapting.rule_text, "norm": config.norm, "queries": config.queries}
     for tasks in sorted({min(FEWER, test.tasks), test.tasks}):
         mean, half_width = interval(found[:tasks])
