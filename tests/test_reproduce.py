@@ -302,6 +302,9 @@ def test_the_page_says_what_the_ledger_does(done: Path, tiny: Path) -> None:
     assert columns[1].startswith(f"{100 * means['maml'][0]:.2f} ±")
     assert columns[3].startswith(f"{100 * sum(means['maml']) / 2:.2f} ±")
     assert columns[4] == "2"
+    first = [r["tests"][0]["of_600"]["mean"] for r in records(done).values() if r["settings"]["inner"] == "maml"]
+    assert columns[5].startswith(f"{100 * sum(first) / 2:.2f} ±")
+    assert columns[5] != columns[3]
     assert columns[-1] == "50.00"
     assert "| somebody's | – | – | – | – | – | 60.50 |" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| Agnostic-SAM − MAML"))
