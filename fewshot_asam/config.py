@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -106,6 +108,8 @@ class TrainConfig:
     """iterations between two validations; the best one's weights are kept"""
     validate_tasks: int = 100
     """tasks of a validation, the same ones each time"""
+    congruence_tasks: int = 0
+    """tasks of each validation on which the congruence of training and validation gradients is recorded; 0 for none"""
     test_tasks: int = 600
     """tasks of the test after training"""
     checkpoint_every: int = 100
@@ -143,6 +147,7 @@ class TrainConfig:
                 raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {LARGEST_SIZE:,}")
         for name in ("validate_tasks", "test_tasks"):
             require_count(name, getattr(self, name), 2)
+        require_count("congruence_tasks", self.congruence_tasks, 0)
         if self.ways < 2:
             raise FewShotError(f"ways is {self.ways}; expected at least 2")
         for name in ("inner_lr", "meta_lr", "clip_grad", "max_minutes"):
@@ -267,6 +272,12 @@ def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> Met
     )
 
 
+def changed(config: TrainConfig) -> dict[str, Any]:
+    """The settings that are not as by default, as numbers, strings and lists."""
+    usual = plain(TrainConfig())
+    return {name: value for name, value in plain(config).items() if value != usual[name]}
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML."""
     return yaml.safe_dump(plain(config), sort_keys=False)
@@ -284,10 +295,21 @@ def from_yaml(path: Path) -> TrainConfig:
     require_known(read, names, f"{path} is of another version")
     if missing := [name for name in names if name not in read]:
         raise FewShotError(f"{path} lacks {', '.join(missing)}; it was cut short or is of another version")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
+    return from_plain(read, str(path))
+
+
+def from_plain(values: Mapping[str, object], origin: str) -> TrainConfig:
+    """The settings given as numbers, strings and lists, the others by default; `origin` is said in errors."""
+    require_known(values, [field.name for field in fields(TrainConfig)], origin)
     try:
-        return TrainConfig(**parser.parse_object(read).as_dict())
+        return TrainConfig(**_parser().parse_object(dict(values)).as_dict())
     except (ArgumentError, FewShotError, TypeError, ValueError) as error:
         reason = explained(str(error), get_type_hints(TrainConfig))
-        raise FewShotError(f"{path} does not hold the settings of a run ({reason})") from error
+        raise FewShotError(f"{origin} does not hold the settings of a run ({reason})") from error
+
+
+@cache
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    return parser

@@ -110,6 +110,19 @@ def write_summary(folder: Path, summary: Row) -> None:
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
+def read_summary(folder: Path) -> Row:
+    """What `write_summary` wrote; raises `FewShotError` where that is not to be read."""
+    path = folder / "summary.json"
+    remedy = "remove it, and train_maml --resume makes it anew"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FewShotError(f"{path} cannot be read ({error}); {remedy}") from error
+    if not isinstance(summary, dict):
+        raise FewShotError(f"{path} holds no summary of a run; {remedy}")
+    return summary
+
+
 def read_metrics(folder: Path) -> list[Row]:
     """The rows of `metrics.jsonl`, in order, up to one that a killed process left unfinished; none without a file."""
     path, rows = folder / "metrics.jsonl", []

@@ -22,8 +22,10 @@ _REFUSED = re.compile(r'key "(?P<name>\w+)":\s.*(?:Got|Given) value: (?P<value>.
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 
 
-def read_yaml(path: Path) -> dict[str, object]:
+def read_yaml(path: Path, deepest: int = DEEPEST) -> dict[str, object]:
     """The names and values of a YAML file of settings; tags, aliases and repeated names are refused.
+
+    Lists and mappings may stand in one another `deepest` deep.
 
     Raises `FewShotError` naming the file and, where there is one, the line.
     """
@@ -33,7 +35,7 @@ def read_yaml(path: Path) -> dict[str, object]:
         if len(content) > LARGEST_FILE:
             raise FewShotError(f"{path} has more than {LARGEST_FILE:,} bytes; expected a YAML file of settings")
         text = content.decode("utf-8-sig")
-        _require_plain(path, text)
+        _require_plain(path, text, deepest)
         read = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise FewShotError(f"{path} does not exist; expected a YAML file of settings") from error
@@ -76,20 +78,26 @@ def expanded(path: Path) -> Path:
         raise FewShotError(f"{path} begins with a home folder that is not known; write it out") from error
 
 
-def _require_plain(path: Path, text: str) -> None:
+def _require_plain(path: Path, text: str, deepest: int) -> None:
     """Raises for what a file of settings has no use for, and what could make it larger than it looks."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+        if depth > deepest or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
             where = f"{path} line {_line(event.start_mark)}"
             raise FewShotError(f"{where} is nested or has a YAML alias or tag; expected names and plain values")
-    root = yaml.compose(text, yaml.SafeLoader)
-    seen = set()
-    for key, _ in root.value if isinstance(root, yaml.MappingNode) else ():
+    if root := yaml.compose(text, yaml.SafeLoader):
+        _require_once(path, root)
+
+
+def _require_once(path: Path, node: yaml.Node) -> None:
+    """Raises for a name that a mapping gives twice, at any depth."""
+    seen: set[str] = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if isinstance(key.value, str) and key.value in seen:
             raise FewShotError(f"{path} line {_line(key.start_mark)} gives {key.value} again; expected it once")
         seen.add(str(key.value))
+        _require_once(path, value)
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,17 @@
-"""Stopping at a good moment: the first SIGINT or SIGTERM is a request, a second one leaves at once."""
+"""Stopping at a good moment: the first SIGINT, SIGTERM or SIGALRM is a request, a second one leaves at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from fewshot_asam import distributed
 from fewshot_asam.distributed import PeerLost
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
 class Stopped(KeyboardInterrupt):
@@ -53,3 +55,13 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+
+
+@contextmanager
+def deadline(minutes: float | None) -> Iterator[None]:
+    """Sends this process SIGALRM after so many minutes, if it has not left the `with` block by then."""
+    signal.setitimer(signal.ITIMER_REAL, 60 * (minutes or 0))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from fewshot_asam import __version__, distributed, engine, runs
+from fewshot_asam.analysis.congruence import congruence
 from fewshot_asam.checkpoint import latest_state
 from fewshot_asam.config import TrainConfig, load_data, plain, resolve_device
 from fewshot_asam.distributed import PeerLost
@@ -25,10 +26,11 @@ ROWS = 500
 """About as many lines of training metrics are kept of a run."""
 
 
-def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, resume: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Trains, tests and writes the run folder; prints one line with the test accuracy.
 
-    SIGINT and SIGTERM end the iteration, save the state and raise `Stopped`, a `KeyboardInterrupt`.
+    SIGINT and SIGTERM end the iteration, save the state and raise `Stopped`, a `KeyboardInterrupt`; so does a request
+    that reached `stop`, the caller's own, which is then in charge of the signals.
 
     **Returns:** what `summary.json` holds. Raises `FewShotError` for settings that cannot be run, for a loss that is
     not finite and where the run folder cannot be written; the last checkpoint stays.
@@ -43,7 +45,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
             _announce(trainer)
             if config.compiled and not _finished(trainer):
                 _compile(trainer)
-            summary = _trained_and_tested(trainer)
+            summary = _trained_and_tested(trainer, stop)
     accuracy = Interval(summary["test_accuracy"], summary["test_ci95"])
     distributed.say(
         f"test accuracy {result_text(config, accuracy, config.test_tasks)}; see {trainer.folder / 'curves.png'}"
@@ -125,9 +127,9 @@ def _compile(trainer: Trainer) -> None:
     distributed.say(f" done in {time.monotonic() - started:.0f} s")
 
 
-def _trained_and_tested(trainer: Trainer) -> dict[str, Any]:
+def _trained_and_tested(trainer: Trainer, given: Stop | None) -> dict[str, Any]:
     try:
-        with Stop() as stop:
+        with nullcontext(given) if given else Stop() as stop:
             _fit(trainer, stop)
             return _test(trainer, stop)
     except Stopped as stopped:
@@ -221,12 +223,23 @@ def _validate(trainer: Trainer, stop: Stop, log: runs.MetricsLog | None) -> None
     accuracies = evaluate(trainer.learner, sampler, config.validate_tasks, config.inner_steps, stop.check)
     result = interval(accuracies)
     if log is not None:
-        log.add(progress.iteration, val_accuracy=result.mean, val_ci95=result.half_width)
+        log.add(progress.iteration, val_accuracy=result.mean, val_ci95=result.half_width, **_congruence(trainer))
     progress.validated = progress.iteration
     progress.rows += 1
     if result.mean > progress.best_accuracy:
         progress.best_accuracy, progress.best_iteration = result.mean, progress.iteration
         trainer.keep_best()
+
+
+def _congruence(trainer: Trainer) -> dict[str, float]:
+    """The mean cosines of training and validation gradients on the first validation tasks, where that is wanted."""
+    config = trainer.config
+    if config.congruence_tasks == 0:
+        return {}
+    sampler = evaluation_sampler(config, trainer.dataset.val)
+    episodes = sampler.sample(config.congruence_tasks)
+    before, after = congruence(trainer.learner, episodes, sampler.augmentation).mean(0).tolist()
+    return {"congruence_before": before, "congruence_after": after}
 
 
 def _test(trainer: Trainer, stop: Stop) -> dict[str, Any]:

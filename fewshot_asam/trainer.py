@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,23 @@ import torch
 from torch import Tensor
 
 from fewshot_asam import __version__, distributed, upper
-from fewshot_asam.checkpoint import Weights, decode, read_state, save_state, save_weights, weights
+from fewshot_asam.checkpoint import Weights, decode, load_weights, read_state, save_state, save_weights, weights
 from fewshot_asam.config import TrainConfig, build_learner
 from fewshot_asam.data import Dataset
 from fewshot_asam.data.images import ImageSet
 from fewshot_asam.distributed import PeerLost
+from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.evaluate import evaluate
 from fewshot_asam.meta import MetaLearner
 
 EVALUATION_SEED = 0
 """Of the validation and test tasks: the same for every run, whatever its own seed."""
+
+
+class Diverged(FewShotError):
+    """A loss or a meta-gradient is not finite."""
 
 
 @dataclass
@@ -76,7 +83,7 @@ class Trainer:
         self.progress.iteration += 1
 
     def read(self) -> Tensor:
-        """The unlogged numbers, with those that were on the device; raises `FewShotError` where one is not finite."""
+        """The unlogged numbers, with those that were on the device; raises `Diverged` where one is not finite."""
         if self.unread:
             self.unlogged = torch.cat([self.unlogged, torch.stack(self.unread).cpu()])
             self.unread = []
@@ -86,7 +93,7 @@ class Trainer:
             return numbers
         first, config = int(bad[0]), self.config
         loss, _, norm = numbers[first].tolist()
-        raise FewShotError(
+        raise Diverged(
             f"the query loss is {loss:g} and the meta-gradient's norm {norm:g} at iteration "
             f"{self.progress.iteration - len(numbers) + first + 1}; the likely cause is an inner_lr "
             f"({config.inner_lr:g}), rho ({config.rho:g}) or meta_lr ({config.meta_lr:g}) that is too large: lower it "
@@ -172,3 +179,23 @@ def build(config: TrainConfig, dataset: Dataset, device: torch.device) -> Traine
 def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUATION_SEED) -> EpisodeSampler:
     """A fresh sampler of validation or test tasks."""
     return EpisodeSampler(images, config.ways, config.shots, config.queries, seed=seed)
+
+
+def best_learner(folder: Path, config: TrainConfig, dataset: Dataset) -> MetaLearner:
+    """The best weights of a run folder, with the rule of `config`, on the dataset's device."""
+    learner = build_learner(config, dataset.train.shape)
+    load_weights(folder / "best.safetensors", learner.model)
+    return learner.to(dataset.test.images.device)
+
+
+def evaluated(
+    learner: MetaLearner,
+    config: TrainConfig,
+    images: ImageSet,
+    tasks: int,
+    seed: int = EVALUATION_SEED,
+    between: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """The accuracy on each of `tasks` test tasks, float `[tasks]`; see `evaluate`."""
+    with precision(config.precision, images.images.device):
+        return evaluate(learner, evaluation_sampler(config, images, seed), tasks, config.inner_steps, between)

@@ -16,18 +16,14 @@ from torch import Tensor
 
 from fewshot_asam import config as configs
 from fewshot_asam import distributed
-from fewshot_asam.checkpoint import load_weights
 from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
-from fewshot_asam.config import TrainConfig, build_learner, load_data, require_count, require_seed, resolve_device
-from fewshot_asam.data import Dataset
-from fewshot_asam.engine.precision import precision
+from fewshot_asam.config import TrainConfig, load_data, require_count, require_seed, resolve_device
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.evaluate import evaluate, interval, paired_difference
+from fewshot_asam.evaluate import interval, paired_difference
 from fewshot_asam.inner import RuleName
 from fewshot_asam.memory import keep_freed_memory
-from fewshot_asam.meta import MetaLearner
 from fewshot_asam.train import result_text
-from fewshot_asam.trainer import evaluation_sampler
+from fewshot_asam.trainer import best_learner, evaluated
 
 
 @dataclass(frozen=True)
@@ -75,18 +71,6 @@ def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:
                 )
 
 
-def _learner(folder: str, config: TrainConfig, dataset: Dataset) -> MetaLearner:
-    learner = build_learner(config, dataset.train.shape)
-    load_weights(Path(folder) / "best.safetensors", learner.model)
-    return learner.to(dataset.test.images.device)
-
-
-def _accuracies(learner: MetaLearner, config: TrainConfig, dataset: Dataset, test: EvalConfig) -> Tensor:
-    sampler = evaluation_sampler(config, dataset.test, test.seed)
-    with precision(config.precision, sampler.images.images.device):
-        return evaluate(learner, sampler, test.tasks, config.inner_steps)
-
-
 def _line(accuracies: Tensor, trained: TrainConfig, tested: TrainConfig) -> str:
     line = result_text(tested, interval(accuracies), len(accuracies))
     changed = [name for name in OVERRIDES[:3] if getattr(trained, name) != getattr(tested, name)]
@@ -107,15 +91,15 @@ def command(argv: Sequence[str]) -> None:
     if len({folder.resolve() for folder in folders.values()}) != len(given.runs):
         raise FewShotError("the same run was given twice; expected different ones")
     settings = {name: _trained_and_tested(folder, test) for name, folder in folders.items()}
-    tested = {folder: pair[1] for folder, pair in settings.items()}
-    _require_same_tasks(tested)
+    to_test = {folder: pair[1] for folder, pair in settings.items()}
+    _require_same_tasks(to_test)
     keep_freed_memory()
-    device, first_run = resolve_device(test.device), next(iter(tested.values()))
+    device, first_run = resolve_device(test.device), next(iter(to_test.values()))
     dataset = distributed.one_a_machine_first(lambda: load_data(first_run, device))
-    learners = {folder: _learner(folder, config, dataset) for folder, config in tested.items()}
+    learners = {folder: best_learner(Path(folder), config, dataset) for folder, config in to_test.items()}
     accuracies: dict[str, Tensor] = {}
-    for folder, config in tested.items():
-        accuracies[folder] = _accuracies(learners[folder], config, dataset, test)
+    for folder, config in to_test.items():
+        accuracies[folder] = evaluated(learners[folder], config, dataset.test, test.tasks, test.seed)
         distributed.say(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])

@@ -1,0 +1,1 @@
+"""What trained weights look like from the rules' point of view."""

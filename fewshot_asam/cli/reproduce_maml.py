@@ -1,0 +1,66 @@
+"""`reproduce_maml`: run plans of experiments, write a ledger of them, render it as a page.
+
+reproduce_maml plans/small.yaml --data-root DATA
+reproduce_maml plans/small.yaml plans/paper.yaml --render
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.memory import keep_freed_memory
+from fewshot_asam.reproduce.page import write_page
+from fewshot_asam.reproduce.plan import cells, read_plan
+from fewshot_asam.reproduce.queue import Place, work
+
+
+@dataclass(frozen=True)
+class QueueConfig:
+    """Settings of the queue; the docstrings are the command line's help."""
+
+    data_root: Path | None = None
+    """folder that holds the datasets' files"""
+    results: Path = Path("results")
+    """folder of the ledger, the page and its figures"""
+    runs: Path = Path("runs/reproduce")
+    """folder of the run folders"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one"""
+    max_minutes: float | None = None
+    """stop after so many minutes, everything saved; the same command goes on"""
+
+
+def command(argv: Sequence[str]) -> None:
+    """Parses the arguments, then runs what the ledger lacks or, with `--render`, writes the page."""
+    parser = Parser(prog="reproduce_maml", description="Run plans of experiments, or render what was found.")
+    parser.add_argument("plans", nargs="+", help="YAML files, run in this order")
+    parser.add_argument("--render", action="store_true", help="run nothing; write README.md from the ledger")
+    add_settings(parser, QueueConfig)
+    given: Any = parse(parser, argv)
+    settings = QueueConfig(**{field.name: given[field.name] for field in fields(QueueConfig)})
+    if settings.max_minutes is not None and not 0 < settings.max_minutes < 1e6:
+        raise FewShotError(f"max_minutes is {settings.max_minutes}; expected a number above 0 and below 1e6")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FewShotError("reproduce_maml was started as several processes; expected one: start it without torchrun")
+    plans = [read_plan(Path(name)) for name in given.plans]
+    if given.render:
+        write_page(plans, settings.results)
+        return
+    keep_freed_memory()
+    data = settings.data_root and settings.data_root.absolute()
+    work(cells(plans), Place(data, settings.results, settings.runs, settings.device), settings.max_minutes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script."""
+    return run(command, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""The ledger: one JSON line for each cell that was run, from which everything else is computed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.reproduce.plan import Cell, Test
+
+Record = dict[str, Any]
+FILE = "ledger.jsonl"
+
+
+def append(path: Path, record: Record) -> None:
+    """One line more, on the disk when this returns; a line that a killed process left unfinished is ended first."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else b"\n" + line
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise FewShotError(f"{path} cannot be written ({error}); what it held before is intact") from error
+
+
+def read(path: Path) -> list[Record]:
+    """The lines of a ledger, in order; none without a file. Warns of a line that is none, and leaves it out."""
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise FewShotError(f"{path} cannot be read ({error})") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            warnings.warn(f"{path} line {number} is broken and left out, as a killed process leaves one", stacklevel=2)
+    return records
+
+
+def read_cells(path: Path) -> dict[str, Record]:
+    """The last record of each cell, by its name; raises `FewShotError` for a line that is no cell's."""
+    records = read(path)
+    for record in records:
+        if missing := [name for name in ("cell", "tests", "seed", "settings") if name not in record]:
+            raise FewShotError(f"{path} has a line without {missing[0]}; expected lines as reproduce_maml writes them")
+    return {record["cell"]: record for record in records}
+
+
+def is_done(cell: Cell, records: Mapping[str, Record]) -> bool:
+    """Whether a cell was run and tested in all ways that are wanted, or cannot be as its training diverged."""
+    record = records.get(cell.name)
+    return record is not None and ("diverged" in record or all(find(record, test) is not None for test in cell.tests))
+
+
+def find(record: Record, test: Test) -> Record | None:
+    """The record of a test that adapts in the same way to as many tasks or more."""
+    found = (r for r in record["tests"] if (r["inner"], r["inner_steps"], r["inner_lr"]) == test.way)
+    return next((one for one in found if one["tasks"] >= test.tasks), None)
+
+
+def pack(accuracies: Tensor, queries: int) -> str:
+    """Accuracies `[tasks]` of tasks with so many query images, as text: how many answers were right in each."""
+    counts = (accuracies.double() * queries).round().numpy().astype("<u2")
+    return base64.b64encode(zlib.compress(counts.tobytes(), 9)).decode()
+
+
+def accuracies(test: Record, tasks: int | None = None) -> Tensor:
+    """The accuracies of a test's record, float64 `[tasks]`: the first ones, or all."""
+    counts = np.frombuffer(zlib.decompress(base64.b64decode(test["right"])), "<u2")[:tasks]
+    return torch.tensor(counts.astype(np.float64) / test["query_images"])

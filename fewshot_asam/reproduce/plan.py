@@ -1,0 +1,224 @@
+"""A plan of experiments: a YAML file to sections, and those to cells, each a run with the tests of its best weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fewshot_asam.config import TrainConfig, changed, from_plain, plain, require_count, require_seed
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.settings import nearest, read_yaml, require_known
+
+PLAN = ("seeds", "defaults", "tests", "rules", "sections")
+"""What a plan must say: seeds, settings of every cell, tests and rules by name, and the sections made of them."""
+SECTION = ("settings", "rules", "tests", "seeds", "published")
+"""What a section may say: settings of its own, which rules and tests (all), other seeds, published accuracies in %."""
+ADAPTATION = ("inner", "inner_steps", "inner_lr")
+"""Settings that a test may change, as `eval_maml` can."""
+ELSEWHERE = ("data_root", "output_dir", "device", "max_minutes", "seed")
+"""Settings that a plan has no say in: those of a place, and the seed, which has a list of its own."""
+WITHOUT_EFFECT = (
+    *("data_root", "output_dir", "device", "max_minutes", "checkpoint_every", "test_tasks", "congruence_tasks"),
+    *("engine", "compiled", "recompute", "cuda_graph"),
+)
+"""Settings that leave a run's weights as they are, up to rounding."""
+SAID = ("inner", "dataset", "ways", "shots", "seed")
+"""Settings that a command line says even where they are as by default."""
+MOST_SEEDS = 10
+
+
+class Test(NamedTuple):
+    """How the best weights adapt to the test tasks, and to how many of them."""
+
+    inner: str
+    inner_steps: int
+    inner_lr: float
+    tasks: int
+
+    @property
+    def way(self) -> tuple[str, int, float]:
+        """How they adapt."""
+        return self[:3]
+
+
+class Cell(NamedTuple):
+    """One run of one seed and the tests of its best weights."""
+
+    name: str
+    config: TrainConfig
+    tests: tuple[Test, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A question of a plan: rules that are compared, all else being equal.
+
+    **Arguments:**
+
+    - `rules`: by label, with the first seed.
+    - `tests`: by name, what each changes of the run's own adaptation (`ADAPTATION`), and `tasks`; the first is the one
+      that rules are compared by.
+    - `published`: by label, a rule's or any other, accuracies in %.
+    """
+
+    title: str
+    rules: dict[str, TrainConfig]
+    seeds: tuple[int, ...]
+    tests: dict[str, dict[str, Any]]
+    published: dict[str, float]
+
+    def cell(self, rule: str, seed: int) -> Cell:
+        """The run of a rule with a seed, with this section's tests."""
+        config = replace(self.rules[rule], seed=seed)
+        return Cell(cell_name(config), config, tuple(resolved(test, config) for test in self.tests.values()))
+
+    def cells(self) -> list[Cell]:
+        """All rules with the first seed, then with the next: whatever is done can be compared."""
+        return [self.cell(rule, seed) for seed in self.seeds for rule in self.rules]
+
+
+class Plan(NamedTuple):
+    """The sections of the file `path`, in order."""
+
+    path: Path
+    sections: tuple[Section, ...]
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        return self.path.stem
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from its file; raises `FewShotError` naming what is wrong in it."""
+    read = read_yaml(path, deepest=4)
+    require_known(read, PLAN, str(path))
+    if missing := [name for name in PLAN if name not in read]:
+        raise FewShotError(f"{path} lacks {', '.join(missing)}; expected {', '.join(PLAN)}")
+    for name in PLAN[1:]:
+        _mapping(read[name], f"{path}: {name}")
+    for name in ("rules", "tests", "sections"):
+        for key, value in _mapping(read[name], f"{path}: {name}", least=1).items():
+            _mapping(value, f"{path}: {name}: {key}")
+    for name, test in _mapping(read["tests"], "").items():
+        _check_test(test, f"{path}: tests: {name}")
+    return Plan(path, tuple(_section(read, title, f"{path}: {title}") for title in _mapping(read["sections"], "")))
+
+
+def cells(plans: Iterable[Plan]) -> list[Cell]:
+    """The cells of plans in the order in which they are run; one of several sections has all their tests."""
+    found: dict[str, Cell] = {}
+    for cell in (cell for plan in plans for section in plan.sections for cell in section.cells()):
+        before = found.get(cell.name, cell._replace(tests=()))
+        found[cell.name] = before._replace(tests=_merged(before.tests + cell.tests))
+    return list(found.values())
+
+
+def cell_name(config: TrainConfig) -> str:
+    """The run in a few words and a digest of all settings that its weights depend on."""
+    settings = {name: value for name, value in changed(config).items() if name not in WITHOUT_EFFECT}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{config.title}-{digest[:10]}"
+
+
+def command(config: TrainConfig) -> str:
+    """The command line that gives this run, with `DATA` for the folder that holds the data."""
+    settings, differ = plain(config), changed(config)
+    said = (*SAID, *(["rho"] if config.inner != "maml" else []))
+    names = [name for name in settings if name in said or (name in differ and name not in ELSEWHERE)]
+    data = [] if config.dataset == "glyphs" else ["--data-root", "DATA"]
+    return shlex.join(["train_maml", *_flags({name: settings[name] for name in names}), *data])
+
+
+def adaptation_command(test: Mapping[str, Any]) -> str:
+    """The command line that tests the run in the folder `RUN` so."""
+    return shlex.join(["eval_maml", "RUN", *_flags(test)])
+
+
+def resolved(test: Mapping[str, Any], config: TrainConfig) -> Test:
+    """A test of a run with these settings."""
+    inner, steps, lr = (test.get(name, getattr(config, name)) for name in ADAPTATION)
+    return Test(inner, steps, lr, test["tasks"])
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return [word for name, text in texts.items() for word in (f"--{name.replace('_', '-')}", text)]
+
+
+def _merged(tests: Iterable[Test]) -> tuple[Test, ...]:
+    """The tests without those that others hold already, as the first tasks of a stream are the same."""
+    largest: dict[tuple[str, int, float], Test] = {}
+    for test in tests:
+        largest[test.way] = max(test, largest.get(test.way, test), key=lambda one: one.tasks)
+    return tuple(largest.values())
+
+
+def _section(plan: Mapping[str, Any], title: str, origin: str) -> Section:
+    said = plan["sections"][title]
+    require_known(said, SECTION, origin)
+    chosen = {name: _chosen(said.get(name), plan[name], f"{origin}: {name}") for name in ("rules", "tests")}
+    settings = plan["defaults"] | _mapping(said.get("settings", {}), f"{origin}: settings")
+    seeds = _seeds(said.get("seeds", plan["seeds"]), f"{origin}: seeds")
+    rules = {
+        label: _config({**settings, **rule}, seeds[0], f"{origin}: {label}") for label, rule in chosen["rules"].items()
+    }
+    names = [cell_name(config) for config in rules.values()]
+    if len(set(names)) < len(names):
+        raise FewShotError(f"{origin}: two of its rules are the same run; expected settings that differ")
+    published = _mapping(said.get("published", {}), f"{origin}: published")
+    for label, value in published.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
+            raise FewShotError(f"{origin}: published: {label} is {value!r}; expected an accuracy in %")
+    return Section(title, rules, seeds, chosen["tests"], published)
+
+
+def _config(settings: dict[str, object], seed: int, origin: str) -> TrainConfig:
+    for name in ELSEWHERE:
+        if name in settings:
+            raise FewShotError(f"{origin}: {name} is not a plan's to say; give it on the command line, seeds as seeds")
+    return from_plain({**settings, "seed": seed}, origin)
+
+
+def _check_test(test: Mapping[str, Any], origin: str) -> None:
+    require_known(test, (*ADAPTATION, "tasks"), origin)
+    if not isinstance(test.get("tasks"), int):
+        raise FewShotError(f"{origin}: tasks is {test.get('tasks')!r}; expected a whole number")
+    require_count(f"{origin}: tasks", test["tasks"], 2)
+    from_plain({name: value for name, value in test.items() if name != "tasks"}, origin)
+
+
+def _chosen(names: object, known: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Those of `known` that a list names, all without a list."""
+    if names is None:
+        return known
+    if not isinstance(names, list) or not names:
+        raise FewShotError(f"{origin} is {names!r}; expected a list of some of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise FewShotError(f"{origin}: there is no {str(name)!r}{nearest(str(name), known)}")
+        if names.count(name) > 1:
+            raise FewShotError(f"{origin}: {name} stands twice; expected it once")
+    return {name: known[name] for name in names}
+
+
+def _seeds(value: object, origin: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(seed) is int for seed in value) or len(set(value)) < len(value):
+        raise FewShotError(f"{origin} is {value!r}; expected a list of different whole numbers")
+    if not 1 <= len(value) <= MOST_SEEDS:
+        raise FewShotError(f"{origin} has {len(value)}; expected at least 1 and at most {MOST_SEEDS}")
+    for seed in value:
+        require_seed(origin, seed)
+    return tuple(value)
+
+
+def _mapping(value: object, origin: str, least: int = 0) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value) or len(value) < least:
+        raise FewShotError(f"{origin} is {value!r}; expected names and what belongs to each")
+    return value

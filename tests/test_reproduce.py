@@ -1,0 +1,479 @@
+"""Plans, the queue that runs them, the ledger, what is computed from it, and the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from scipy import stats
+
+import faults
+from fewshot_asam.cli import reproduce_maml, train_maml
+from fewshot_asam.config import TrainConfig
+from fewshot_asam.evaluate import Interval, interval
+from fewshot_asam.reproduce import ledger, page, plan, plots, queue, statistics
+from fewshot_asam.reproduce.found import sweeps
+from fewshot_asam.reproduce.plan import Plan, cells, read_plan
+from fewshot_asam.runs import read_summary
+
+ROOT = Path(__file__).parents[1]
+PLANS = sorted((ROOT / "plans").glob("*.yaml"))
+TINY = """
+seeds: [0, 1]
+defaults:
+  dataset: folder
+  image_size: 16
+  ways: 3
+  queries: 2
+  hidden: 4
+  iterations: 30
+  meta_batch_size: 2
+  validate_every: 10
+  validate_tasks: 4
+  test_tasks: 20
+  checkpoint_every: 10
+  congruence_tasks: 2
+  engine: vmap
+tests:
+  own: {tasks: 640}
+  MAML: {tasks: 40, inner: maml, inner_steps: 3}
+rules:
+  MAML: {inner: maml}
+  Agnostic-SAM: {inner: agnostic_sam, rho: 0.05}
+sections:
+  Folder 3-way 1-shot:
+    published: {MAML: 50, somebody's: 60.5}
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faults.write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan of four cells of a second or so."""
+    file = tmp_path_factory.mktemp("plans") / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+def words(file: Path, images: Path, folder: Path, *more: object) -> list[str]:
+    places = ["--data-root", images, "--results", folder / "results", "--runs", folder / "runs"]
+    return list(map(str, [file, *places, *more]))
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fewshot_asam.cli.reproduce_maml", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def done(tiny: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the plan was run without a stop."""
+    folder = tmp_path_factory.mktemp("done")
+    assert reproduce_maml.main(words(tiny, images, folder)) == 0
+    return folder
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    return ledger.read_cells(folder / "results" / ledger.FILE)
+
+
+def outcome(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the ledger says, except times."""
+    found = records(folder)
+    for record in found.values():
+        record.pop("wall_seconds")
+        record["validation"].pop("seconds")
+        for test in record["tests"]:
+            test.pop("seconds")
+    return found
+
+
+def test_a_cell_leaves_all_that_was_asked_for(done: Path, tiny: Path) -> None:
+    found = records(done)
+    assert list(found) == [cell.name for cell in cells([read_plan(tiny)])]
+    record = list(found.values())[1]
+    assert (record["seed"], record["settings"]["inner"], record["settings"]["rho"]) == (0, "agnostic_sam", 0.05)
+    assert not {"data_root", "output_dir"} & record["settings"].keys()
+    assert record["validation"]["iteration"] == [10, 20, 30]
+    assert record["best_iteration"] in record["validation"]["iteration"]
+    assert record["val_accuracy"] == pytest.approx(max(record["validation"]["accuracy"]), abs=1e-5)
+    assert all(-1 <= cosine <= 1 for cosine in record["validation"]["congruence_after"])
+    assert 0 < record["validation"]["seconds"][0] < record["validation"]["seconds"][-1] < record["wall_seconds"] + 0.1
+    own, plain_maml = record["tests"]
+    assert (own["inner"], own["inner_steps"], own["tasks"]) == ("agnostic_sam", 1, 640)
+    assert (plain_maml["inner"], plain_maml["inner_steps"], plain_maml["tasks"]) == ("maml", 3, 40)
+    accuracies = ledger.accuracies(own)
+    assert tuple(own["of_640"].values()) == pytest.approx(interval(accuracies), abs=1e-6)
+    assert own["of_600"]["mean"] == pytest.approx(accuracies[:600].mean().item(), abs=1e-6)
+
+
+def test_the_first_tasks_are_those_of_the_run_s_own_test(done: Path) -> None:
+    for name, record in records(done).items():
+        summary = read_summary(done / "runs" / name)
+        first = interval(ledger.accuracies(record["tests"][0], 20))
+        assert first == pytest.approx((summary["test_accuracy"], summary["test_ci95"]), abs=1e-6)
+
+
+def test_what_is_done_is_not_done_again(
+    done: Path, tiny: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (done / "results" / ledger.FILE).read_bytes()
+    assert reproduce_maml.main(words(tiny, images, done)) == 0
+    assert capsys.readouterr().out == "4 of 4 cells are done\n"
+    assert (done / "results" / ledger.FILE).read_bytes() == before
+
+
+def test_killed_and_stopped_at_many_moments(done: Path, tiny: Path, images: Path, tmp_path: Path) -> None:
+    """By SIGKILL, SIGTERM and the end of its minutes in turn, until the plan is done."""
+    ends: list[int] = []
+    for number in range(100):
+        limit = ["--max-minutes", 0.02] if number % 3 == 2 else []
+        process = start(*words(tiny, images, tmp_path, *limit))
+        if not limit and number < 12:
+            time.sleep(3 + 0.4 * number)
+            process.send_signal((signal.SIGKILL, signal.SIGTERM)[number % 2])
+        printed, problem = process.communicate(timeout=120)
+        ends.append(process.returncode)
+        assert process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM, 143), problem
+        assert "Traceback" not in problem
+        if "4 of 4 cells are done" in printed:
+            break
+    assert {0, 143} < set(ends)
+    assert faults.differences(outcome(tmp_path), outcome(done)) == []
+
+
+def test_a_deadline_trains_without_testing(tiny: Path, images: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.yaml"
+    long.write_text(
+        TINY.replace("iterations: 30", "iterations: 100000").replace("validate_every: 10", "validate_every: 99999")
+    )
+    process = start(*words(long, images, tmp_path, "--max-minutes", 0.25))
+    printed, problem = process.communicate(timeout=120)
+    assert process.returncode == 0, problem
+    assert printed.splitlines()[-1] == "0 of 4 cells are done; the same command goes on"
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert not (run / "summary.json").exists()
+    assert not any("val_accuracy" in line for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert list((run / "checkpoints").iterdir())
+
+
+def test_a_cell_of_another_process_is_left_to_it(
+    done: Path, tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = list(records(done).values())
+    for record in kept[1:]:
+        ledger.append(tmp_path / "results" / ledger.FILE, record)
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / "runs" / f"{kept[0]['cell']}.lock"):
+        assert reproduce_maml.main(words(tiny, images, tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "another process is at it" in printed
+    assert "3 of 4 cells are done" in printed
+
+
+def test_a_test_that_is_added_later_costs_no_training(done: Path, tiny: Path, images: Path, tmp_path: Path) -> None:
+    more = tmp_path / "tiny.yaml"
+    more.write_text(TINY.replace("rules:", "  more steps: {tasks: 10, inner_steps: 2}\nrules:"))
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", done, copy], check=True)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    assert reproduce_maml.main(words(more, images, copy)) == 0
+    assert all(len(record["tests"]) == 3 for record in records(copy).values())
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+
+
+def test_a_run_that_diverges_is_an_outcome(images: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY.replace("  hidden: 4", "  hidden: 4\n  meta_lr: 1.0e+18"))
+    assert reproduce_maml.main(words(file, images, tmp_path)) == 0
+    assert all("not finite" in r["diverged"] or "likely cause" in r["diverged"] for r in records(tmp_path).values())
+    assert reproduce_maml.main([str(file), "--render", "--results", str(tmp_path / "results")]) == 0
+    assert "Diverged, so without an accuracy: MAML, seed 1" in (tmp_path / "results" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tail", [b'{"cell": "half', b"17", b"\xff"])
+def test_a_broken_line_is_said_and_left_out(tmp_path: Path, tail: bytes) -> None:
+    file = tmp_path / "ledger.jsonl"
+    ledger.append(file, {"cell": "ä"})
+    with file.open("ab") as end:
+        end.write(tail)
+    with pytest.warns(UserWarning, match="line 2 is broken"):
+        assert ledger.read(file) == [{"cell": "ä"}]
+    ledger.append(file, {"cell": "c"})
+    with pytest.warns(UserWarning, match="line 2 is broken"):
+        assert ledger.read(file) == [{"cell": "ä"}, {"cell": "c"}]
+
+
+def test_accuracies_come_back_exactly() -> None:
+    right = torch.randint(0, 76, (6000,), generator=torch.Generator().manual_seed(0))
+    accuracies = (right / 75).float()
+    record = {"right": ledger.pack(accuracies, 75), "query_images": 75}
+    assert torch.equal(ledger.accuracies(record), right.double() / 75)
+    assert torch.equal(ledger.accuracies(record, 10), right[:10].double() / 75)
+    assert len(record["right"]) < 9000
+
+
+@pytest.mark.parametrize("count", range(2, 11))
+def test_intervals_over_seeds_are_student_s(count: int) -> None:
+    values = np.random.default_rng(count).normal(0.9, 0.02, count)
+    mean, half_width, seeds = statistics.over_seeds(values.tolist())
+    low, high = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
+    assert (mean - half_width, mean + half_width, seeds) == pytest.approx((low, high, count), rel=2e-4)
+
+
+def test_differences_are_paired() -> None:
+    generator = np.random.default_rng(0)
+    ease = generator.normal(0.8, 0.1, (3, 500))
+    first, second = (ease + generator.normal(shift, 0.01, (3, 500)) for shift in (0.01, 0.0))
+    found = statistics.compare(*({s: torch.tensor(values[s]) for s in range(3)} for values in (first, second)))
+    assert found is not None
+    for seed in range(3):
+        expected = stats.ttest_rel(first[seed], second[seed]).confidence_interval(0.95)
+        mean, half_width = found.each[seed]
+        assert (mean - half_width, mean + half_width) == pytest.approx((expected.low, expected.high), rel=1e-2)
+    expected = stats.ttest_1samp((first - second).mean(1), 0).confidence_interval(0.95)
+    low, high = found.seeds.mean - found.seeds.half_width, found.seeds.mean + found.seeds.half_width
+    assert (low, high) == pytest.approx((expected.low, expected.high), rel=2e-4)
+    assert found.tasks.mean == pytest.approx((first - second).mean())
+    assert found.verdict == "better"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "seeds", "verdict"),
+    [
+        ((0.02, 0.01), (0.02, 0.015, 3), "better"),
+        ((-0.02, 0.01), (-0.02, 0.015, 3), "worse"),
+        ((0.02, 0.03), (0.02, 0.015, 3), "inside the noise"),
+        ((-0.02, 0.01), (-0.02, 0.05, 3), "inside the noise"),
+        ((0.0, 0.0), (0.0, 0.0, 3), "inside the noise"),
+        ((0.02, 0.01), (0.02, None, 1), "one seed: no verdict"),
+    ],
+)
+def test_verdicts(tasks: tuple[float, float], seeds: tuple[Any, ...], verdict: str) -> None:
+    assert statistics.Comparison({}, Interval(*tasks), statistics.Spread(*seeds)).verdict == verdict
+
+
+def test_rules_without_a_common_seed_are_not_compared() -> None:
+    assert statistics.compare({0: torch.zeros(2)}, {1: torch.zeros(2)}) is None
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_a_partial_ledger_renders(done: Path, tiny: Path, tmp_path: Path, count: int) -> None:
+    for record in list(records(done).values())[:count]:
+        ledger.append(tmp_path / ledger.FILE, record)
+    assert reproduce_maml.main([str(tiny), "--render", "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert f"{count} of 4 runs are done" in text
+    assert ("one seed: no verdict" in text) == (count in (2, 3))
+    assert ("Missing" in text) == (count < 4)
+    pictures = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    assert pictures == {path.name for path in tmp_path.glob("*.png")}
+    for name in pictures:
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 400
+
+
+def test_the_page_says_what_the_ledger_does(done: Path, tiny: Path) -> None:
+    text = page.render([read_plan(tiny)], records(done))
+    by_rule = {
+        rule: [r for r in records(done).values() if r["settings"]["inner"] == rule] for rule in ("maml", "agnostic_sam")
+    }
+    means = {rule: [r["tests"][0]["of_640"]["mean"] for r in found] for rule, found in by_rule.items()}
+    (row,) = (line for line in text.splitlines() if line.startswith("| MAML (`maml`)"))
+    columns = [column.strip() for column in row.strip("|").split("|")]
+    assert columns[1].startswith(f"{100 * means['maml'][0]:.2f} ±")
+    assert columns[3].startswith(f"{100 * sum(means['maml']) / 2:.2f} ±")
+    assert columns[4] == "2"
+    first = [r["tests"][0]["of_600"]["mean"] for r in records(done).values() if r["settings"]["inner"] == "maml"]
+    assert columns[5].startswith(f"{100 * sum(first) / 2:.2f} ±")
+    assert columns[5] != columns[3]
+    assert columns[-1] == "50.00"
+    assert "| somebody's | – | – | – | – | – | 60.50 |" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| Agnostic-SAM − MAML"))
+    difference = sum(means["agnostic_sam"]) / 2 - sum(means["maml"]) / 2
+    assert f"| {100 * difference:.2f} ±" in row
+
+
+def test_the_committed_page_is_that_of_the_committed_ledger() -> None:
+    results = ROOT / "results"
+    expected = page.render([read_plan(file) for file in PLANS], ledger.read_cells(results / ledger.FILE))
+    assert (results / "README.md").read_text(encoding="utf-8") == expected
+    pictures = {line.split("](")[1].rstrip(")") for line in expected.splitlines() if line.startswith("![")}
+    assert pictures == {path.name for path in results.glob("*.png")}
+
+
+@pytest.mark.parametrize("file", PLANS, ids=lambda file: file.stem)
+def test_shipped_plans_give_commands_that_give_their_runs(file: Path) -> None:
+    for cell in cells([read_plan(file)]):
+        given, resume = train_maml._settings(shlex.split(plan.command(cell.config))[1:], TrainConfig())
+        assert not resume
+        assert replace(given, data_root=None) == cell.config
+        assert plan.cell_name(given) == cell.name
+        assert f"--inner {cell.config.inner}" in plan.command(cell.config)
+
+
+def test_the_paper_s_plan_is_the_protocol_s_files() -> None:
+    sections = read_plan(ROOT / "plans" / "paper.yaml").sections
+    assert [section.seeds for section in sections] == [(0, 1, 2)] * 4
+    for section in sections:
+        for config in section.rules.values():
+            file = f"{config.dataset}_{config.ways}w{config.shots}s_{config.inner}.yaml"
+            shipped, _ = train_maml._settings(["--config", str(ROOT / "configs" / file)], TrainConfig())
+            assert replace(config, rho=5e-4, congruence_tasks=0) == shipped
+
+
+def test_what_does_not_alter_the_weights_does_not_alter_the_name() -> None:
+    config = TrainConfig()
+    assert plan.cell_name(replace(config, data_root=Path("x"), engine="vmap", congruence_tasks=3)) == plan.cell_name(
+        config
+    )
+    assert plan.cell_name(replace(config, meta_lr=0.1)) != plan.cell_name(config)
+
+
+def test_one_run_of_several_sections_is_one_cell_with_all_tests(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        TINY + "  Again:\n    seeds: [1]\n    rules: [MAML]\n    tests: [MAML]\n    settings: {validate_every: 10}\n"
+    )
+    found = read_plan(file)
+    assert [section.title for section in found.sections] == ["Folder 3-way 1-shot", "Again"]
+    assert len(cells([found])) == len(cells([Plan(file, found.sections[:1])])) == 4
+    assert cells([found])[2].tests == (plan.Test("maml", 1, 0.4, 640), plan.Test("maml", 3, 0.4, 40))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("seeds: [0, 1]", "", "lacks seeds"),
+        ("seeds: [0, 1]", "seed: [0]", "there is no setting 'seed'; did you mean seeds"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "expected a list of different whole numbers"),
+        ("seeds: [0, 1]", "seeds: 3", "seeds is 3"),
+        ("seeds: [0, 1]", "seeds: []", "at least 1 and at most 10"),
+        ("ways: 3", "wasy: 3", "there is no setting 'wasy'; did you mean ways"),
+        ("ways: 3", "ways: three", "ways is 'three'; expected a whole number"),
+        ("ways: 3", "ways: 1", "ways is 1; expected at least 2"),
+        ("ways: 3", "device: cpu", "device is not a plan's to say"),
+        ("ways: 3", "seed: 3", "seed is not a plan's to say"),
+        ("inner: maml}\n  Agn", "inner: mmal}\n  Agn", "inner is 'mmal'"),
+        ("{tasks: 640}", "{tasks: many}", "tasks is 'many'; expected a whole number"),
+        ("{tasks: 640}", "{inner: maml}", "tasks is None"),
+        ("{tasks: 640}", "{tasks: 1}", "at least 2, for an interval"),
+        ("{tasks: 640}", "{tasks: 640, rho: 1}", "there is no setting 'rho'"),
+        ("inner_steps: 3", "inner_steps: 0", "inner_steps is 0"),
+        ("published: {MAML: 50,", "published: {MAML: much,", "MAML is 'much'; expected an accuracy in %"),
+        ("published:", "publish:", "there is no setting 'publish'; did you mean published"),
+        ("published:", "rules: [MALM]\n    published:", "there is no 'MALM'; did you mean MAML"),
+        ("published:", "rules: MAML\n    published:", "expected a list of some of MAML, Agnostic-SAM"),
+        ("published:", "rules: [MAML, MAML]\n    published:", "MAML stands twice"),
+        ("SAM: {inner: agnostic_sam, rho: 0.05}", "SAM: {inner: maml}", "two of its rules are the same run"),
+        ("  Agnostic-SAM:", "  MAML:", "gives MAML again"),
+        ("rules:", "rules: {}\nrlues:", "there is no setting 'rlues'; did you mean rules"),
+        ("rules:\n", "rules:\n  x: 3\n", "rules: x is 3; expected names"),
+    ],
+)
+def test_bad_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, message: str) -> None:
+    assert before in TINY
+    file = tmp_path / "plan.yaml"
+    file.write_text(TINY.replace(before, after, 1))
+    assert reproduce_maml.main([str(file), "--results", str(tmp_path / "results")]) == 2
+    assert_one_line(capsys, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.yaml"], "missing.yaml does not exist"),
+        ([], "plans"),
+        (["PLAN", "--max-minutes", "0"], "max_minutes is 0"),
+        (["PLAN", "--rnuds", "x"], "rnuds"),
+        (["PLAN", "--data-root", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_arguments(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert reproduce_maml.main([str(tiny) if word == "PLAN" else word for word in arguments]) == 2
+    assert_one_line(capsys, message)
+    assert not (tmp_path / "results").exists()
+
+
+def test_several_processes_are_refused(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert reproduce_maml.main([str(tiny)]) == 2
+    assert_one_line(capsys, "expected one")
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("training")]
+    assert len(error) == 1, error
+    assert error[0].startswith("error: ")
+    assert message in error[0]
+
+
+def invented(cell: plan.Cell) -> dict[str, Any]:
+    """A record of a run whose accuracy is 0.9, and 10 points more for Agnostic-SAM of radius 5e-2."""
+    generator = torch.Generator().manual_seed(cell.config.seed)
+    images = cell.config.ways * cell.config.queries
+    better = 0.1 if (cell.config.inner, cell.config.rho) == ("agnostic_sam", 0.05) else 0.0
+    tests = []
+    for test in cell.tests:
+        right = torch.rand(test.tasks, images, generator=generator) < 0.85 + better + 0.01 * cell.config.seed
+        adaptation = {"inner": test.inner, "inner_steps": test.inner_steps, "inner_lr": test.inner_lr}
+        packed = ledger.pack(right.float().mean(1), images)
+        tests.append(adaptation | {"tasks": test.tasks, "query_images": images, "right": packed})
+    course = {"iteration": [500, 1000], "seconds": [60.0, 120.0], "accuracy": [0.8, 0.9]}
+    course |= {"congruence_before": [0.3, 0.4], "congruence_after": [0.2, 0.5]}
+    where = {"device": "cpu", "threads": 2, "engine": "loop", "versions": {"torch": "2"}}
+    head = {"cell": cell.name, "seed": cell.config.seed, "settings": queue.plain(cell.config), "tests": tests}
+    return head | where | {"wall_seconds": 120.0, "iterations": 1000, "best_iteration": 1000, "validation": course}
+
+
+def test_the_small_plan_s_page_when_all_is_done(tmp_path: Path) -> None:
+    small = read_plan(ROOT / "plans" / "small.yaml")
+    found = {cell.name: invented(cell) for cell in cells([small])}
+    (tmp_path / ledger.FILE).write_text("".join(json.dumps(record) + "\n" for record in found.values()))
+    page.write_page([small], tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"{len(found)} of {len(found)} runs are done" in text
+    assert "Missing" not in text
+    verdicts = {row.split(" | ")[0].strip("| "): row.split(" | ")[-1].strip("| ") for row in text.splitlines()}
+    assert verdicts["Agnostic-SAM 5e-2 − MAML"] == "better"
+    assert verdicts["Agnostic-SAM 5e-4 − MAML"] == "inside the noise"
+    assert text.count("| MAML | 0.400 ± 0.000 | 0.500 ± 0.000 | 3 |") == 5
+    (sweep,) = plots.sweep_names(small, sweeps(small, found)).items()
+    assert sweep[0] == "small-radii-1.png"
+    radii = {name: sorted(family) for name, family in sweep[1].items()}
+    assert radii["agnostic_sam"] == [5e-4, 5e-3, 5e-2]
+    assert radii["agnostic_sam, augment"] == [5e-4, 5e-2]
+    assert radii["sharp_maml_low"] == [5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1]
+    assert radii["maml"] == [0.0]
+    pictures = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    assert pictures == {path.name for path in tmp_path.glob("*.png")}
+    assert len(pictures) == len(small.sections) + 1
