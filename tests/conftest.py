@@ -11,7 +11,9 @@ import torch
 import fewshot_asam
 from fewshot_asam.data.images import Dataset, ImageSet
 
-torch.set_num_threads(1)  # the problems are small, and the tests run in as many processes as there are cores
+# The problems are small, and the tests run in as many processes as there are cores: threads would wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 REAL_DATA = Path(os.environ.get("FEWSHOT_ASAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

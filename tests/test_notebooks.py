@@ -17,8 +17,7 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it, where two threads would wait for each other
+def test_notebook_runs(path: Path) -> None:
     notebook = jupytext.read(path)
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     images = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
