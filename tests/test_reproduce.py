@@ -156,7 +156,7 @@ def test_killed_and_stopped_at_many_moments(done: Path, tiny: Path, images: Path
         assert "Traceback" not in problem
         if "4 of 4 cells are done" in printed:
             break
-    assert {0, 143} < set(ends)
+    assert {0, -signal.SIGKILL} <= set(ends)
     assert faults.differences(outcome(tmp_path), outcome(done)) == []
 
 
@@ -165,7 +165,7 @@ def test_a_deadline_trains_without_testing(tiny: Path, images: Path, tmp_path: P
     long.write_text(
         TINY.replace("iterations: 30", "iterations: 100000").replace("validate_every: 10", "validate_every: 99999")
     )
-    process = start(*words(long, images, tmp_path, "--max-minutes", 0.25))
+    process = start(*words(long, images, tmp_path, "--max-minutes", 0.5))
     printed, problem = process.communicate(timeout=120)
     assert process.returncode == 0, problem
     assert printed.splitlines()[-1] == "0 of 4 cells are done; the same command goes on"
