@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from fewshot_asam.data import DATASETS, Dataset, ImageSet, load_dataset, omniglot
+from fewshot_asam.data.cache import cached
 from fewshot_asam.errors import FewShotError
 from test_archives import line, serve
 
@@ -144,3 +146,16 @@ def test_loaders_are_imported_only_when_asked_for() -> None:
     code = "import sys, fewshot_asam.data; print([m for m in ('h5py', 'PIL', 'pooch') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_dataset_that_another_process_cached_meanwhile_is_fine(own_cache: Path, tiny: Dataset) -> None:
+    """A warning, as for a folder that cannot be written, would fail this test."""
+
+    def build() -> Dataset:
+        cached("tiny", "key", lambda: tiny)
+        return tiny
+
+    cached("tiny", "key", build)
+    again = cached("tiny", "key", lambda: pytest.fail("it is not cached"))
+    assert torch.equal(again.test.images, tiny.test.images)
+    assert [path.name for path in (own_cache / "datasets").iterdir()] == ["tiny-key"]

@@ -61,5 +61,8 @@ def _write(dataset: Dataset, folder: Path) -> None:
             tensors = {"images": images.images.contiguous(), "counts": images.counts}
             save_file(tensors, scratch / f"{split}.safetensors", metadata={"names": json.dumps(images.names)})
         scratch.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # or else another process was quicker
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
