@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -109,6 +110,23 @@ def differences(first: Any, second: Any, at: str = "") -> list[str]:
     if isinstance(first, list | tuple) and len(first) == len(second):
         return [found for i in range(len(first)) for found in differences(first[i], second[i], f"{at}/{i}")]
     return [] if first == second else [f"{at}: {first} is not {second}"[:300]]
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} does not appear")
+
+
+def wait_for_text(path: Path, text: str) -> None:
+    wait_for(path)
+    for _ in range(3000):
+        if text in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} does not get {text}")
 
 
 def limit_file_size(size: int, fatal: bool) -> None:

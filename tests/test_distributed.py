@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -216,12 +215,7 @@ def test_bad_settings_are_said_once(data: list[str], tmp_path: Path) -> None:
 
 
 def wait_for_iteration(folder: Path, iteration: int) -> None:
-    for _ in range(3000):
-        metrics = folder / "metrics.jsonl"
-        if metrics.exists() and f'"iteration": {iteration},' in metrics.read_text():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"iteration {iteration} is not reached")
+    faults.wait_for_text(folder / "metrics.jsonl", f'"iteration": {iteration},')
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

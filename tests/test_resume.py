@@ -119,7 +119,7 @@ def test_a_signal_ends_the_iteration_and_saves(
 ) -> None:
     folder = tmp_path / "run"
     process = faults.start(folder, *data, "--checkpoint-every", "1000")
-    wait_for_text(folder / "metrics.jsonl", '"iteration": 2,')
+    faults.wait_for_text(folder / "metrics.jsonl", '"iteration": 2,')
     assert process.pid is not None
     os.kill(process.pid, number)
     process.join(60)
@@ -141,13 +141,13 @@ def test_a_validation_that_is_broken_off_is_done_on_resume_and_logged_once(data:
     assert faults.finish(tmp_path / "whole", *settings)[0] == 0
     folder = tmp_path / "run"
     process = faults.start(folder, *settings)
-    wait_for_text(folder / "metrics.jsonl", '"iteration": 4,')
+    faults.wait_for_text(folder / "metrics.jsonl", '"iteration": 4,')
     process.terminate()
     process.join(60)
     progress = decode(*read_state(folder))["progress"]
     assert (progress["iteration"], progress["validated"], progress["rows"]) == (4, 0, 4)
     process = faults.start(folder, *settings)
-    wait_for_text(folder / "metrics.jsonl", "val_accuracy")
+    faults.wait_for_text(folder / "metrics.jsonl", "val_accuracy")
     process.kill()
     process.join()
     assert faults.finish(folder, *settings)[0] == 0
@@ -157,7 +157,7 @@ def test_a_validation_that_is_broken_off_is_done_on_resume_and_logged_once(data:
 def test_a_signal_during_the_test_is_heard_at_once(data: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = faults.start(folder, *data, "--test-tasks", "1000000")
-    wait_for(folder / STATES / "0000000008.ckpt")
+    faults.wait_for(folder / STATES / "0000000008.ckpt")
     time.sleep(0.3)
     process.terminate()
     process.join(30)
@@ -169,7 +169,7 @@ def test_a_signal_during_the_test_is_heard_at_once(data: list[str], tmp_path: Pa
 def test_a_second_signal_leaves_at_once(data: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = faults.start(folder, *data, "--meta-batch-size", "3000")
-    wait_for(folder / "metrics.jsonl")
+    faults.wait_for(folder / "metrics.jsonl")
     time.sleep(0.5)
     process.terminate()
     time.sleep(0.5)
@@ -177,23 +177,6 @@ def test_a_second_signal_leaves_at_once(data: list[str], tmp_path: Path) -> None
     process.terminate()
     process.join(5)
     assert process.exitcode == -signal.SIGTERM
-
-
-def wait_for(path: Path) -> None:
-    for _ in range(3000):
-        if path.exists():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{path} does not appear")
-
-
-def wait_for_text(path: Path, text: str) -> None:
-    wait_for(path)
-    for _ in range(3000):
-        if text in path.read_text():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{path} does not get {text}")
 
 
 def assert_one_line(printed: str, message: str) -> None:
@@ -226,7 +209,7 @@ def test_a_damaged_checkpoint(whole: Path, data: list[str], expected: dict[str, 
 def test_two_processes_may_not_train_into_one_folder(data: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = faults.start(folder, *data, "--test-tasks", "1000000")
-    wait_for_text(folder / "metrics.jsonl", '"iteration": 1,')
+    faults.wait_for_text(folder / "metrics.jsonl", '"iteration": 1,')
     second = faults.start_logged(tmp_path / "second.log", folder, *data, "--test-tasks", "1000000")
     second.join(60)
     first.terminate()
