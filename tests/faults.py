@@ -77,7 +77,10 @@ def log(folder: Path) -> Path:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves behind, except times."""
+    """All that a run leaves behind, except times and which iteration the older checkpoint is of.
+
+    A run that is asked to stop saves wherever it is, so the checkpoint before its last may be any.
+    """
     newest = latest_state(folder)
     assert newest is not None
     state = decode(newest.read_bytes(), str(newest))
@@ -88,7 +91,9 @@ def outcome(folder: Path) -> dict[str, Any]:
         for name in ("seconds", "wall_seconds", "output_dir"):
             timed.pop(name, None)
     weights = {name: (folder / f"{name}.safetensors").read_bytes() for name in ("last", "best")}
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name}
+    states = [path.relative_to(folder) for path in folder.rglob("*.ckpt") if path != newest]
+    others = {path.relative_to(folder) for path in folder.rglob("*") if "tfevents" not in path.name}
+    files = [len(states), *sorted(map(str, others.difference(states)))]
     return {"state": state, "rows": rows, "summary": summary, "weights": weights, "events": events(folder)} | {
         "files": files
     }
