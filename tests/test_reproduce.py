@@ -26,7 +26,7 @@ from fewshot_asam.config import TrainConfig
 from fewshot_asam.evaluate import Interval, interval
 from fewshot_asam.reproduce import ledger, page, plan, plots, queue, statistics
 from fewshot_asam.reproduce.found import sweeps
-from fewshot_asam.reproduce.plan import Plan, cells, read_plan
+from fewshot_asam.reproduce.plan import cells, read_plan
 from fewshot_asam.runs import read_summary
 
 ROOT = Path(__file__).parents[1]
@@ -50,12 +50,17 @@ defaults:
 tests:
   own: {tasks: 640}
   MAML: {tasks: 40, inner: maml, inner_steps: 3}
+  plain: {tasks: 20, inner: maml}
 rules:
   MAML: {inner: maml}
   Agnostic-SAM: {inner: agnostic_sam, rho: 0.05}
+claims:
+  it is better: [Agnostic-SAM, MAML]
+questions:
+  is MAML better: [MAML, Agnostic-SAM]
 sections:
   Folder 3-way 1-shot:
-    published: {MAML: 50, somebody's: 60.5}
+    published: {MAML: 50, MAML (others): 51, Agnostic-SAM: 52.5, somebody's: 60.5}
 """
 
 
@@ -118,9 +123,10 @@ def test_a_cell_leaves_all_that_was_asked_for(done: Path, tiny: Path) -> None:
     assert record["val_accuracy"] == pytest.approx(max(record["validation"]["accuracy"]), abs=1e-5)
     assert all(-1 <= cosine <= 1 for cosine in record["validation"]["congruence_after"])
     assert 0 < record["validation"]["seconds"][0] < record["validation"]["seconds"][-1] < record["wall_seconds"] + 0.1
-    own, plain_maml = record["tests"]
+    own, plain_maml, plain_maml_of_one_step = record["tests"]
     assert (own["inner"], own["inner_steps"], own["tasks"]) == ("agnostic_sam", 1, 640)
     assert (plain_maml["inner"], plain_maml["inner_steps"], plain_maml["tasks"]) == ("maml", 3, 40)
+    assert (plain_maml_of_one_step["inner_steps"], plain_maml_of_one_step["tasks"]) == (1, 20)
     accuracies = ledger.accuracies(own)
     assert tuple(own["of_640"].values()) == pytest.approx(interval(accuracies), abs=1e-6)
     assert own["of_600"]["mean"] == pytest.approx(accuracies[:600].mean().item(), abs=1e-6)
@@ -197,7 +203,7 @@ def test_a_test_that_is_added_later_costs_no_training(done: Path, tiny: Path, im
     subprocess.run(["cp", "-r", done, copy], check=True)
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
     assert reproduce_maml.main(words(more, images, copy)) == 0
-    assert all(len(record["tests"]) == 3 for record in records(copy).values())
+    assert [len(record["tests"]) for record in records(copy).values()] == [3, 4, 3, 4]
     assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
 
 
@@ -308,9 +314,61 @@ def test_the_page_says_what_the_ledger_does(done: Path, tiny: Path) -> None:
     assert columns[5] != columns[3]
     assert columns[-1] == "50.00"
     assert "| somebody's | – | – | – | – | – | 60.50 |" in text
-    (row,) = (line for line in text.splitlines() if line.startswith("| Agnostic-SAM − MAML"))
+    ours = f"{100 * sum(means['maml']) / 2:.2f} ±"
+    (row,) = (line for line in text.splitlines() if "| MAML (others) | 51.00 |" in line)
+    assert ours in row
+    assert row.endswith(f"| 2 | {50 * sum(means['maml']) - 51:+.2f} |")
+    rows = [line for line in text.splitlines() if line.startswith("| Agnostic-SAM − MAML") and "3-way" not in line]
+    (row,) = rows
     difference = sum(means["agnostic_sam"]) / 2 - sum(means["maml"]) / 2
     assert f"| {100 * difference:.2f} ±" in row
+
+
+def test_the_page_s_answers(done: Path, tiny: Path) -> None:
+    found = records(done).values()
+    maml, agnostic = ([r for r in found if r["settings"]["inner"] == rule] for rule in ("maml", "agnostic_sam"))
+    text = page.render([read_plan(tiny)], records(done))
+    accuracies = [torch.stack([ledger.accuracies(r["tests"][0]) for r in runs]) for runs in (agnostic, maml)]
+    difference = interval((accuracies[0] - accuracies[1]).mean(0))
+    seconds = [sum(r["wall_seconds"] for r in runs) for runs in (agnostic, maml)]
+    (row,) = (line for line in text.splitlines() if line.startswith("| it is better"))
+    columns = [column.strip() for column in row.strip("|").split("|")]
+    assert columns[2:4] == ["+2.50", f"{100 * difference.mean:.2f} ± {100 * difference.half_width:.2f}"]
+    assert columns[5] == "2"
+    assert columns[7] == f"× {seconds[0] / seconds[1]:.2f}"
+    (asked,) = (line for line in text.splitlines() if line.startswith("| is MAML better"))
+    assert f"| {-100 * difference.mean:.2f} ±" in asked
+    (share,) = (
+        line for line in text.splitlines() if line.startswith("| Agnostic-SAM | Folder 3-way 1-shot | 1 | 20 |")
+    )
+    own, plain, baseline = (
+        torch.stack([ledger.accuracies(r["tests"][index], 20) for r in runs]).mean().item()
+        for runs, index in ((agnostic, 0), (agnostic, 2), (maml, 0))
+    )
+    columns = [column.strip() for column in share.strip("|").split("|")]
+    assert columns[4].startswith(f"{100 * (plain - baseline):.2f} ±")
+    assert columns[6].startswith(f"{100 * (own - plain):.2f} ±")
+    cosines = [
+        sum(r["validation"]["congruence_after"][r["best_iteration"] // 10 - 1] for r in runs) / 2
+        for runs in (agnostic, maml)
+    ]
+    assert f"| {cosines[0] - cosines[1]:.3f} ±" in text
+
+
+@pytest.mark.parametrize(("shift", "claim"), [(0.1, "confirmed"), (-0.1, "contradicted"), (0.0, "not confirmed")])
+def test_a_claim_is_confirmed_contradicted_or_neither(tiny: Path, shift: float, claim: str) -> None:
+    read = read_plan(tiny)
+    found = {cell.name: invented(cell, {"agnostic_sam": shift}) for cell in cells([read])}
+    text = page.render([read], found)
+    (row,) = (line for line in text.splitlines() if line.startswith("| it is better"))
+    assert f"| **{claim}" in row
+    assert f"- `tiny.yaml`, 1 in all: {claim}" in text
+    first = [cell.name for cell in cells([read])[:2]]
+    assert "**one seed: no verdict**" in page.render([read], {name: found[name] for name in first})
+    nothing = page.render([read], {})
+    assert "| it is better | Folder 3-way 1-shot (`tiny`) | +2.50 | – | – | – | not run | – |" in nothing
+    assert "reproduce_maml plans/tiny.yaml" in nothing
+    assert "reproduce_maml plans/tiny.yaml --data" not in text
 
 
 def test_the_committed_page_is_that_of_the_committed_ledger() -> None:
@@ -356,7 +414,7 @@ def test_one_run_of_several_sections_is_one_cell_with_all_tests(tmp_path: Path) 
     )
     found = read_plan(file)
     assert [section.title for section in found.sections] == ["Folder 3-way 1-shot", "Again"]
-    assert len(cells([found])) == len(cells([Plan(file, found.sections[:1])])) == 4
+    assert len(cells([found])) == len(cells([found._replace(sections=found.sections[:1])])) == 4
     assert cells([found])[2].tests == (plan.Test("maml", 1, 0.4, 640), plan.Test("maml", 3, 0.4, 40))
 
 
@@ -388,6 +446,9 @@ def test_one_run_of_several_sections_is_one_cell_with_all_tests(tmp_path: Path) 
         ("  Agnostic-SAM:", "  MAML:", "gives MAML again"),
         ("rules:", "rules: {}\nrlues:", "there is no setting 'rlues'; did you mean rules"),
         ("rules:\n", "rules:\n  x: 3\n", "rules: x is 3; expected names"),
+        ("[Agnostic-SAM, MAML]", "[Agnostic-SAM, MALM]", "it is better: no section has both Agnostic-SAM and MALM"),
+        ("[Agnostic-SAM, MAML]", "[MAML]", "it is better is ['MAML']; expected a list of two rules"),
+        ("claims:", "claim:", "there is no setting 'claim'; did you mean claims"),
     ],
 )
 def test_bad_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, message: str) -> None:
@@ -438,11 +499,11 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
     assert message in error[0]
 
 
-def invented(cell: plan.Cell) -> dict[str, Any]:
-    """A record of a run whose accuracy is 0.9, and 10 points more for Agnostic-SAM of radius 5e-2."""
+def invented(cell: plan.Cell, more: dict[str, float]) -> dict[str, Any]:
+    """A record of a run whose accuracy is about 0.85, and so much more for some rules or rules of some radius."""
     generator = torch.Generator().manual_seed(cell.config.seed)
     images = cell.config.ways * cell.config.queries
-    better = 0.1 if (cell.config.inner, cell.config.rho) == ("agnostic_sam", 0.05) else 0.0
+    better = more.get(cell.config.inner, more.get(f"{cell.config.inner} {cell.config.rho}", 0.0))
     tests = []
     for test in cell.tests:
         right = torch.rand(test.tasks, images, generator=generator) < 0.85 + better + 0.01 * cell.config.seed
@@ -458,7 +519,7 @@ def invented(cell: plan.Cell) -> dict[str, Any]:
 
 def test_the_small_plan_s_page_when_all_is_done(tmp_path: Path) -> None:
     small = read_plan(ROOT / "plans" / "small.yaml")
-    found = {cell.name: invented(cell) for cell in cells([small])}
+    found = {cell.name: invented(cell, {"agnostic_sam 0.05": 0.1}) for cell in cells([small])}
     (tmp_path / ledger.FILE).write_text("".join(json.dumps(record) + "\n" for record in found.values()))
     page.write_page([small], tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -468,11 +529,13 @@ def test_the_small_plan_s_page_when_all_is_done(tmp_path: Path) -> None:
     assert verdicts["Agnostic-SAM 5e-2 − MAML"] == "better"
     assert verdicts["Agnostic-SAM 5e-4 − MAML"] == "inside the noise"
     assert text.count("| MAML | 0.400 ± 0.000 | 0.500 ± 0.000 | 3 |") == 5
+    assert text.count("| 0.000 ± 0.000 | inside the noise | 0.000 ± 0.000 | inside the noise | 3 |") == 6
+    assert "not run" not in text
     (sweep,) = plots.sweep_names(small, sweeps(small, found)).items()
     assert sweep[0] == "small-radii-1.png"
     radii = {name: sorted(family) for name, family in sweep[1].items()}
     assert radii["agnostic_sam"] == [5e-4, 5e-3, 5e-2]
-    assert radii["agnostic_sam, augment"] == [5e-4, 5e-2]
+    assert radii["agnostic_sam, augment"] == [5e-2]
     assert radii["sharp_maml_low"] == [5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1]
     assert radii["maml"] == [0.0]
     pictures = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}

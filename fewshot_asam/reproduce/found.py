@@ -11,7 +11,7 @@ from torch import Tensor
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.ledger import Record
 from fewshot_asam.reproduce.plan import Plan, Section, Test, resolved
-from fewshot_asam.reproduce.statistics import Spread, over_seeds
+from fewshot_asam.reproduce.statistics import Comparison, Spread, compare, over_seeds
 
 Runs = dict[int, Record]
 """The records of a rule's runs by seed."""
@@ -44,6 +44,21 @@ class Found(NamedTuple):
         """A test's mean accuracy over the seeds; None where no seed is done."""
         values = [found.mean().item() for found in self.accuracies(rule, name, tasks).values()]
         return over_seeds(values) if values else None
+
+    def difference(self, first: str, second: str) -> Comparison | None:
+        """One rule minus another in the test that rules are compared by; None where they share no seed."""
+        return compare(self.accuracies(first, self.main), self.accuracies(second, self.main))
+
+    def seconds(self, rule: str) -> float:
+        """Seconds an iteration of training, validations included, mean over the seeds."""
+        runs = self.runs[rule].values()
+        return over_seeds([record["wall_seconds"] / record["iterations"] for record in runs]).mean
+
+    def congruence(self, rule: str, name: str) -> dict[int, float]:
+        """A congruence of the weights that were tested, by seed, from the validation that chose them."""
+        runs = {seed: run for seed, run in self.runs.get(rule, {}).items() if name in run["validation"]}
+        at = {seed: run["validation"]["iteration"].index(run["best_iteration"]) for seed, run in runs.items()}
+        return {seed: run["validation"][name][at[seed]] for seed, run in runs.items()}
 
 
 def look_up(section: Section, records: Mapping[str, Record]) -> Found:

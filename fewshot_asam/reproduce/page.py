@@ -7,15 +7,15 @@ from itertools import combinations
 from pathlib import Path
 
 from fewshot_asam import runs
-from fewshot_asam.evaluate import Interval, interval
-from fewshot_asam.reproduce import ledger, plots
+from fewshot_asam.evaluate import interval
+from fewshot_asam.reproduce import answers, ledger, plots
 from fewshot_asam.reproduce.found import Found, look_up, sweeps
 from fewshot_asam.reproduce.ledger import Record
+from fewshot_asam.reproduce.markdown import NOTHING, block, cosine, figure, percent, picture, table, text
 from fewshot_asam.reproduce.plan import Plan, adaptation_command, cells, command
 from fewshot_asam.reproduce.queue import FEWER
-from fewshot_asam.reproduce.statistics import Spread, compare, over_seeds
+from fewshot_asam.reproduce.statistics import over_seeds
 
-NOTHING = "–"
 INTRODUCTION = """# Do the published claims hold?
 
 Rendered from `ledger.jsonl` by `reproduce_maml {plans} --render`; do not edit it by hand.
@@ -43,6 +43,7 @@ def write_page(plans: Sequence[Plan], results: Path) -> None:
 def render(plans: Sequence[Plan], records: Mapping[str, Record]) -> str:
     """The page as text."""
     parts = [INTRODUCTION.format(plans=" ".join(f"plans/{plan.path.name}" for plan in plans))]
+    parts += answers.render(plans, records)
     for plan in plans:
         parts += _plan(plan, records)
     return "\n".join(parts)
@@ -57,7 +58,7 @@ def _plan(plan: Plan, records: Mapping[str, Record]) -> Iterable[str]:
         if found.runs or found.diverged:
             yield from _section(plan, found)
     for name, group in plots.sweep_names(plan, sweeps(plan, records)).items():
-        yield f"### Accuracy against the radius\n\n{_picture(name, ', '.join(group))}\n"
+        yield f"### Accuracy against the radius\n\n{picture(name, ', '.join(group))}\n"
     yield from _missing(plan, sections)
 
 
@@ -75,7 +76,7 @@ def _section(plan: Plan, found: Found) -> Iterable[str]:
     if found.runs:
         yield _costs(found)
         if plots.has_curves(found):
-            yield f"{_picture(plots.curves_name(plan, section), f'{section.title}: accuracy while training')}\n"
+            yield f"{picture(plots.curves_name(plan, section), f'{section.title}: accuracy while training')}\n"
     for rule, seed in found.diverged:
         yield f"Diverged, so without an accuracy: {rule}, seed {seed}.\n"
     yield _commands(found)
@@ -100,52 +101,49 @@ def _accuracies(found: Found) -> str:
     rows = []
     for rule, config in section.rules.items():
         values = found.accuracies(rule, found.main)
-        each = [_percent(interval(values[seed])) if seed in values else NOTHING for seed in section.seeds]
+        each = [percent(interval(values[seed])) if seed in values else NOTHING for seed in section.seeds]
         mean = found.mean(rule, found.main)
         fewer = found.mean(rule, found.main, FEWER)
-        row = [f"{rule} (`{config.rule_text}`)", *each, _text(mean), str(mean.seeds if mean else 0), _text(fewer)]
-        rows.append([*row, _published(section.published.get(rule))])
+        row = [f"{rule} (`{config.rule_text}`)", *each, text(mean), str(mean.seeds if mean else 0), text(fewer)]
+        rows.append([*row, figure(section.published.get(rule))])
     for label, value in section.published.items():
         if label not in section.rules:
-            rows.append([label, *[NOTHING] * (len(head) - 1), _published(value)])
-    return _table([*head, "published"], rows, bool(section.published))
+            rows.append([label, *[NOTHING] * (len(head) - 1), figure(value)])
+    return table([*head, "published"], rows, bool(section.published))
 
 
 def _differences(found: Found) -> str:
     seeds = found.section.seeds
     rows = []
     for first, second in combinations(found.section.rules, 2):
-        result = compare(found.accuracies(second, found.main), found.accuracies(first, found.main))
+        result = found.difference(second, first)
         if result is not None:
-            each = [_percent(result.each[seed]) if seed in result.each else NOTHING for seed in seeds]
-            rows.append([f"{second} − {first}", *each, _percent(result.tasks), _text(result.seeds), result.verdict])
+            each = [percent(result.each[seed]) if seed in result.each else NOTHING for seed in seeds]
+            rows.append([f"{second} − {first}", *each, percent(result.tasks), text(result.seeds), result.verdict])
     head = ["difference", *(f"seed {seed}" for seed in seeds), "over tasks", "over seeds", "verdict"]
-    return _table(head, rows) if rows else ""
+    return table(head, rows) if rows else ""
 
 
 def _side_tests(found: Found) -> str:
     tests = found.section.tests
     head = ["trained with", *(f"{name} ({test['tasks']:,} tasks)" for name, test in tests.items())]
-    return _table(head, [[rule, *(_text(found.mean(rule, name)) for name in tests)] for rule in found.section.rules])
+    return table(head, [[rule, *(text(found.mean(rule, name)) for name in tests)] for rule in found.section.rules])
 
 
 def _congruence(found: Found) -> str:
     """Of the weights that were tested, from the validation that chose them."""
     rows = []
-    for rule, by_seed in found.runs.items():
-        if courses := [record for record in by_seed.values() if "congruence_before" in record["validation"]]:
-            at = [record["validation"]["iteration"].index(record["best_iteration"]) for record in courses]
-            pairs = [(record["validation"], i) for record, i in zip(courses, at, strict=True)]
-            names = ("congruence_before", "congruence_after")
-            columns = [over_seeds([course[name][i] for course, i in pairs]) for name in names]
-            rows.append([rule, *(_cosine(column) for column in columns), str(len(courses))])
+    for rule in found.runs:
+        columns = [found.congruence(rule, name).values() for name in ("congruence_before", "congruence_after")]
+        if all(columns):
+            rows.append([rule, *(cosine(over_seeds(list(column))) for column in columns), str(len(columns[0]))])
     if not rows:
         return ""
-    table = _table(["rule", "before the inner step", "after it", "n"], rows)
     return (
         "Congruence of the gradients: the cosine of `∇L_t(θ)` and `∇L_v(θ_v)`, mean over tasks. The validation set is "
         "an augmented copy of the support set where the rule itself has a duplicate, with which the cosine would be "
-        f"near 1 whatever the weights:\n\n{table}"
+        f"near 1 whatever the weights:\n\n"
+        f"{table(['rule', 'before the inner step', 'after it', 'n'], rows)}"
     )
 
 
@@ -153,14 +151,14 @@ def _costs(found: Found) -> str:
     first = None
     rows = []
     for rule, by_seed in found.runs.items():
-        seconds = over_seeds([record["wall_seconds"] / record["iterations"] for record in by_seed.values()]).mean
+        seconds = found.seconds(rule)
         first = first or seconds
         minutes = over_seeds([record["wall_seconds"] / 60 for record in by_seed.values()]).mean
         best = ", ".join(f"{record['best_iteration']:,}" for record in by_seed.values())
         where = sorted({_machine(record) for record in by_seed.values()})
         rows.append([rule, f"{minutes:.1f}", f"{1000 * seconds:.0f}", f"{seconds / first:.2f}", best, "; ".join(where)])
     head = ["rule", "minutes of training", "ms an iteration", "times the first", "best iterations", "where"]
-    return f"Costs, validations included, mean over seeds:\n\n{_table(head, rows)}"
+    return f"Costs, validations included, mean over seeds:\n\n{table(head, rows)}"
 
 
 def _machine(record: Record) -> str:
@@ -174,7 +172,7 @@ def _commands(found: Found) -> str:
     tests = [adaptation_command(test) for test in found.section.tests.values()]
     seeds = ", ".join(f"`--seed {seed}`" for seed in found.section.seeds[1:])
     others = f" (the others: {seeds})" if seeds else ""
-    return f"The runs of the first seed{others} and their tests:\n\n```\n" + "\n".join(lines + tests) + "\n```\n"
+    return f"The runs of the first seed{others} and their tests:\n\n{block(lines + tests)}"
 
 
 def _missing(plan: Plan, sections: Sequence[Found]) -> Iterable[str]:
@@ -189,34 +187,3 @@ def _missing(plan: Plan, sections: Sequence[Found]) -> Iterable[str]:
     if lines:
         yield f"### Missing in `{plan.path.name}`\n"
         yield "\n".join(lines) + "\n"
-        yield (
-            "This runs them, on a GPU where there is one, and goes on with what was stopped:\n\n"
-            f"```\nreproduce_maml plans/{plan.path.name} --data-root DATA\n```\n"
-        )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], last: bool = True) -> str:
-    """A Markdown table, without its last column unless `last`."""
-    width = len(head) if last else len(head) - 1
-    lines = [head[:width], ["---"] * width, *(row[:width] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _percent(value: Interval) -> str:
-    return f"{100 * value.mean:.2f} ± {100 * value.half_width:.2f}"
-
-
-def _text(value: Spread | None) -> str:
-    return NOTHING if value is None else str(value)
-
-
-def _cosine(value: Spread) -> str:
-    return f"{value.mean:.3f}" + ("" if value.half_width is None else f" ± {value.half_width:.3f}")
-
-
-def _published(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
-
-
-def _picture(name: str, text: str) -> str:
-    return f"![{text}]({name})"

@@ -16,6 +16,8 @@ from fewshot_asam.settings import nearest, read_yaml, require_known
 
 PLAN = ("seeds", "defaults", "tests", "rules", "sections")
 """What a plan must say: seeds, settings of every cell, tests and rules by name, and the sections made of them."""
+ASKED = ("claims", "questions")
+"""What a plan may ask of its sections: by text, two rules; a claim says that the first is the better one."""
 SECTION = ("settings", "rules", "tests", "seeds", "published")
 """What a section may say: settings of its own, which rules and tests (all), other seeds, published accuracies in %."""
 ADAPTATION = ("inner", "inner_steps", "inner_lr")
@@ -82,11 +84,17 @@ class Section:
         return [self.cell(rule, seed) for seed in self.seeds for rule in self.rules]
 
 
+Pairs = dict[str, tuple[str, str]]
+"""Two rules by the text of a claim or a question."""
+
+
 class Plan(NamedTuple):
-    """The sections of the file `path`, in order."""
+    """The sections of the file `path`, in order, and what is asked of each that has both rules."""
 
     path: Path
     sections: tuple[Section, ...]
+    claims: Pairs
+    questions: Pairs
 
     @property
     def name(self) -> str:
@@ -97,7 +105,7 @@ class Plan(NamedTuple):
 def read_plan(path: Path) -> Plan:
     """A plan from its file; raises `FewShotError` naming what is wrong in it."""
     read = read_yaml(path, deepest=4)
-    require_known(read, PLAN, str(path))
+    require_known(read, (*PLAN, *ASKED), str(path))
     if missing := [name for name in PLAN if name not in read]:
         raise FewShotError(f"{path} lacks {', '.join(missing)}; expected {', '.join(PLAN)}")
     for name in PLAN[1:]:
@@ -107,7 +115,9 @@ def read_plan(path: Path) -> Plan:
             _mapping(value, f"{path}: {name}: {key}")
     for name, test in _mapping(read["tests"], "").items():
         _check_test(test, f"{path}: tests: {name}")
-    return Plan(path, tuple(_section(read, title, f"{path}: {title}") for title in _mapping(read["sections"], "")))
+    sections = tuple(_section(read, title, f"{path}: {title}") for title in _mapping(read["sections"], ""))
+    claims, questions = (_pairs(read.get(name, {}), sections, f"{path}: {name}") for name in ASKED)
+    return Plan(path, sections, claims, questions)
 
 
 def cells(plans: Iterable[Plan]) -> list[Cell]:
@@ -206,6 +216,18 @@ def _chosen(names: object, known: dict[str, Any], origin: str) -> dict[str, Any]
         if names.count(name) > 1:
             raise FewShotError(f"{origin}: {name} stands twice; expected it once")
     return {name: known[name] for name in names}
+
+
+def _pairs(value: object, sections: Iterable[Section], origin: str) -> Pairs:
+    """Two rules by text, which a section at least must have both."""
+    found: Pairs = {}
+    for text, pair in _mapping(value, origin).items():
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(rule, str) for rule in pair):
+            raise FewShotError(f"{origin}: {text} is {pair!r}; expected a list of two rules")
+        if not any(pair[0] in section.rules and pair[1] in section.rules for section in sections):
+            raise FewShotError(f"{origin}: {text}: no section has both {pair[0]} and {pair[1]}")
+        found[text] = (pair[0], pair[1])
+    return found
 
 
 def _seeds(value: object, origin: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from signal import SIGALRM, Signals
 from typing import Any, Literal, NamedTuple
@@ -54,6 +55,7 @@ def work(cells: Sequence[Cell], place: Place, minutes: float | None = None) -> N
     A cell that another process is at is left to it. A signal ends the queue as it ends a run of `train_maml`, with
     everything saved, and raises `Stopped`; the end of the minutes does the same and returns.
     """
+    commit()  # now, as the package's files may change while the queue runs
     try:
         with Stop() as stop, deadline(minutes):
             for number, cell in enumerate(cells, 1):
@@ -169,8 +171,12 @@ def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between
     return record | {"seconds": round(time.monotonic() - started, 1)}
 
 
+@cache
 def commit() -> str:
-    """The last commit that changed this package, and whether it was changed since; `unknown` outside a repository."""
+    """The last commit that changed this package, and whether it was changed since; `unknown` outside a repository.
+
+    As it was when this was first asked.
+    """
     own = Path(fewshot_asam.__file__).parent
     try:
         last, changes = (

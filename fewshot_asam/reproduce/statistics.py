@@ -14,6 +14,9 @@ from fewshot_asam.evaluate import Interval, interval, paired_difference
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, 97.5th percentile, for 1 to 9 degrees of freedom."""
 
+ONE_SEED = "one seed: no verdict"
+NOISE = "inside the noise"
+
 
 class Spread(NamedTuple):
     """A mean over `seeds` runs and the half width of its 95 % t-interval, None for one run."""
@@ -42,12 +45,19 @@ class Comparison(NamedTuple):
     @property
     def verdict(self) -> str:
         """`better` or `worse` where the interval over tasks and that over seeds both leave out 0."""
-        if self.seeds.half_width is None:
-            return "one seed: no verdict"
-        width = max(self.tasks.half_width, self.seeds.half_width)
-        if abs(self.tasks.mean) <= width:
-            return "inside the noise"
-        return "better" if self.tasks.mean > 0 else "worse"
+        return in_words(self.seeds, ("better", "worse"), self.tasks.half_width)
+
+
+def in_words(difference: Spread, words: tuple[str, str], half_width: float = 0.0) -> str:
+    """The first word or the second for a difference above or below 0, where its interval over seeds leaves 0 out.
+
+    - `half_width`: of another interval around it, which must leave 0 out too.
+    """
+    if difference.half_width is None:
+        return ONE_SEED
+    if abs(difference.mean) <= max(half_width, difference.half_width):
+        return NOISE
+    return words[difference.mean < 0]
 
 
 def over_seeds(values: Sequence[float]) -> Spread:
