@@ -65,10 +65,11 @@ def iteration(rule: Any, preset: dict[str, Any], device: str) -> Callable[[], di
     """What a worker runs: one meta-iteration, this process's share of it."""
     from benchmarks import their_style
     from fewshot_asam import distributed, upper
-    from fewshot_asam.config import TrainConfig, resolve_device
+    from fewshot_asam.config import TrainConfig
     from fewshot_asam.inner import Rule
     from fewshot_asam.meta import MetaLearner
     from fewshot_asam.models import build_model
+    from fewshot_asam.prepare import resolve_device
 
     problem = Preset(**preset)
     distributed.joined().__enter__()

@@ -19,9 +19,9 @@ import torch
 from benchmarks.alternate import Times, WorkerError, ratio
 from benchmarks.presets import PRESETS, PROTOCOL
 from fewshot_asam import __version__
-from fewshot_asam.config import resolve_device
 from fewshot_asam.engine import EngineName
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.prepare import resolve_device
 
 PACKAGES = ("torch", "torchvision", "learn2learn", "numpy")
 Row = Mapping[str, Any]

@@ -9,19 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fewshot_asam import distributed
-from fewshot_asam.data import DATASETS, Dataset, load_dataset
+from fewshot_asam.data import DATASETS
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
-from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Rule, RuleName
-from fewshot_asam.meta import Adapt, MetaLearner, Norm
-from fewshot_asam.models import ModelName, build_model
+from fewshot_asam.meta import Norm
+from fewshot_asam.models import Adapt, ModelName
 from fewshot_asam.settings import explained, read_yaml, require_known
 from fewshot_asam.validation import Validation
 
@@ -221,55 +218,6 @@ def require_seed(name: str, value: int) -> None:
     """Raises `FewShotError` where PyTorch's generators take no such seed."""
     if not 0 <= value < 2**63:
         raise FewShotError(f"{name} is {value}; expected at least 0 and below 2**63")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` stands for; raises `FewShotError` where there is no such."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise FewShotError("device is 'cuda', but this machine has no usable CUDA device; use --device cpu or auto")
-    if not available or name == "cpu":
-        return torch.device("cpu")
-    if distributed.size() == 1:
-        return torch.device("cuda")
-    own, gpus = distributed.local_rank(), torch.cuda.device_count()
-    if own >= gpus:
-        raise FewShotError(
-            f"process {own} of this machine has no GPU of its own, as {gpus} are visible; start at most {gpus} "
-            "processes a machine, or use --device cpu"
-        )
-    torch.cuda.set_device(own)
-    return torch.device("cuda", own)
-
-
-def load_data(config: TrainConfig, device: torch.device) -> Dataset:
-    """The run's dataset, resident on `device`; raises `FewShotError` where a split cannot give the run's tasks."""
-    options: dict[str, Any] = {}
-    if config.dataset == "folder":
-        options = {"image_size": config.image_size, "split_csv": config.split_csv, "seed": config.split_seed}
-        options |= {"fractions": config.split_fractions, "channels": config.channels}
-    dataset = load_dataset(config.dataset, config.data_root, device=device, **options)
-    for split, images in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test)):
-        try:
-            EpisodeSampler(images, config.ways, config.shots, config.queries)
-        except FewShotError as error:
-            raise FewShotError(f"{config.dataset}, {split}: {error}") from error
-    return dataset
-
-
-def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
-    """The run's untrained meta-learner, on the CPU."""
-    return MetaLearner(
-        build_model(config.model, config.ways, image_shape, config.hidden, config.seed),
-        config.inner_lr,
-        config.rule,
-        adapt=config.adapt,
-        validation=config.validation,
-        norm=config.norm,
-        engine=config.engine,
-        compiled=config.compiled,
-        recompute=config.recompute,
-    )
 
 
 def changed(config: TrainConfig) -> dict[str, Any]:

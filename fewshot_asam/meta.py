@@ -24,11 +24,10 @@ from fewshot_asam.engine import Batch, EngineName, LowerLevel, MetaOutput, Way
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Loss, Rule
-from fewshot_asam.models import norm_layers, require_stateless, takes_support
+from fewshot_asam.models import Adapt, adapted_names, require_stateless, takes_support
 from fewshot_asam.perturb import Params
 from fewshot_asam.validation import Validation
 
-Adapt = Literal["all", "head", "body", "no_norm"]
 Norm = Literal["transductive", "inductive"]
 Run = Callable[[LowerLevel, Batch, int, Way], MetaOutput]
 
@@ -271,25 +270,6 @@ class MetaAgnosticSAM(MetaLearner):
             options, "val_grad_point", "val_norm", "through_perturbation", "beta", "adaptive", "first_order"
         )
         super().__init__(model, lr, Rule("agnostic_sam", rho=rho, rho1=rho1, rho2=rho2, **switches), **options)
-
-
-def adapted_names(model: nn.Module, adapt: Adapt) -> tuple[str, ...]:
-    """Names of the trainable parameters that the inner loop changes; see `MetaLearner`'s `adapt`."""
-    require_one_of("adapt", adapt, get_args(Adapt))
-    names = [name for name, value in model.named_parameters() if value.requires_grad]
-    owners = {name: name.rpartition(".")[0] for name in names}
-    if not names:
-        raise FewShotError(f"{type(model).__name__} has no trainable parameter; there is nothing to adapt")
-    head, norms = owners[names[-1]], set(norm_layers(model))
-    chosen = {
-        "all": names,
-        "head": [name for name in names if owners[name] == head],
-        "body": [name for name in names if owners[name] != head],
-        "no_norm": [name for name in names if owners[name] not in norms],
-    }[adapt]
-    if not chosen:
-        raise FewShotError(f"adapt {adapt!r} leaves {type(model).__name__} no parameter to adapt; choose another")
-    return tuple(chosen)
 
 
 def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:

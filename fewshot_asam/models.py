@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,8 @@ class ResNet12(nn.Module):
         return self.head(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
+Adapt = Literal["all", "head", "body", "no_norm"]
+"""Which parameters the inner loop changes."""
 ModelName = Literal["conv4", "resnet12"]
 
 
@@ -183,6 +185,25 @@ def norm_layers(model: nn.Module) -> list[str]:
     """Names of the layers that normalise."""
     kinds = (TaskNorm, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
     return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+
+def adapted_names(model: nn.Module, adapt: Adapt) -> tuple[str, ...]:
+    """Names of the trainable parameters that the inner loop changes; see `meta.MetaLearner`."""
+    require_one_of("adapt", adapt, get_args(Adapt))
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
+    owners = {name: name.rpartition(".")[0] for name in names}
+    if not names:
+        raise FewShotError(f"{type(model).__name__} has no trainable parameter; there is nothing to adapt")
+    head, norms = owners[names[-1]], set(norm_layers(model))
+    chosen = {
+        "all": names,
+        "head": [name for name in names if owners[name] == head],
+        "body": [name for name in names if owners[name] != head],
+        "no_norm": [name for name in names if owners[name] not in norms],
+    }[adapt]
+    if not chosen:
+        raise FewShotError(f"adapt {adapt!r} leaves {type(model).__name__} no parameter to adapt; choose another")
+    return tuple(chosen)
 
 
 def fuses(model: nn.Module) -> bool:

@@ -13,12 +13,13 @@ from tqdm import tqdm
 from fewshot_asam import __version__, distributed, engine, runs
 from fewshot_asam.analysis.congruence import congruence
 from fewshot_asam.checkpoint import latest_state
-from fewshot_asam.config import TrainConfig, load_data, plain, resolve_device
+from fewshot_asam.config import TrainConfig, plain
 from fewshot_asam.distributed import PeerLost
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.evaluate import Interval, evaluate, interval
 from fewshot_asam.models import unvectorisable_layers
+from fewshot_asam.prepare import load_data, resolve_device
 from fewshot_asam.stop import Stop, Stopped
 from fewshot_asam.trainer import Trainer, build, evaluation_sampler
 

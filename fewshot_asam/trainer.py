@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewshot_asam import __version__, distributed, upper
 from fewshot_asam.checkpoint import Weights, decode, load_weights, read_state, save_state, save_weights, weights
-from fewshot_asam.config import TrainConfig, build_learner
+from fewshot_asam.config import TrainConfig
 from fewshot_asam.data import Dataset
 from fewshot_asam.data.images import ImageSet
 from fewshot_asam.distributed import PeerLost
@@ -21,6 +21,7 @@ from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import evaluate
 from fewshot_asam.meta import MetaLearner
+from fewshot_asam.prepare import build_learner
 
 EVALUATION_SEED = 0
 """Of the validation and test tasks: the same for every run, whatever its own seed."""

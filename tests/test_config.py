@@ -11,7 +11,8 @@ import yaml
 
 from fewshot_asam import FewShotError
 from fewshot_asam.cli import train_maml
-from fewshot_asam.config import TrainConfig, build_learner, from_yaml, resolve_device, to_yaml
+from fewshot_asam.config import TrainConfig, from_yaml, to_yaml
+from fewshot_asam.prepare import build_learner, resolve_device
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROTOCOL = {

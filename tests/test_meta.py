@@ -11,8 +11,7 @@ from torch import nn
 
 from fewshot_asam import MAML, FewShotError, MetaAgnosticSAM, MetaLearner, SharpMAML
 from fewshot_asam.engine import choose
-from fewshot_asam.meta import adapted_names
-from fewshot_asam.models import build_model
+from fewshot_asam.models import adapted_names, build_model
 from problems import RULES, deviation, episodes, meta_gradient, smooth_net
 
 

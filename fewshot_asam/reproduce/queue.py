@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 
 import fewshot_asam
 from fewshot_asam import runs
-from fewshot_asam.config import TrainConfig, load_data, plain, resolve_device
+from fewshot_asam.config import TrainConfig, plain
 from fewshot_asam.evaluate import interval
+from fewshot_asam.prepare import load_data, resolve_device
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.ledger import Record
 from fewshot_asam.reproduce.plan import ELSEWHERE, Cell, Test, adaptation_command, command
