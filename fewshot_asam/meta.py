@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -24,7 +25,7 @@ from fewshot_asam.engine import Batch, EngineName, LowerLevel, MetaOutput, Way
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Loss, Rule
-from fewshot_asam.models import Adapt, adapted_names, require_stateless, takes_support
+from fewshot_asam.models import Adapt, VectorisableOnly, adapted_names, require_stateless, takes_support
 from fewshot_asam.perturb import Params
 from fewshot_asam.validation import Validation
 
@@ -166,6 +167,7 @@ class MetaLearner(nn.Module):
         self.engine = engine
         self.compiled = compiled
         self.recompute = recompute
+        self._vectorised = False
         self.lower = LowerLevel(model, rule, lr, adapted_names(model, adapt), validation, norm == "inductive")
 
     @property
@@ -206,8 +208,12 @@ class MetaLearner(nn.Module):
     def _run(self, function: Run, tasks: Batch, steps: int) -> MetaOutput:
         """Where `auto` chose to vectorise a model that cannot be, it says so and goes on task by task."""
         way = self.way(tasks)
+        first = way.tasks == "vmap" and not way.compiled and not self._vectorised
         try:
-            return function(self.lower, tasks, steps, way)
+            with VectorisableOnly() if first else nullcontext():
+                result = function(self.lower, tasks, steps, way)
+            self._vectorised |= first
+            return result
         except RuntimeError as error:
             if self.engine != "auto" or way.tasks == "loop" or "memory" in str(error):
                 raise

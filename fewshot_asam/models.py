@@ -8,12 +8,14 @@ which is how an inductive prediction is made without knowledge of the other quer
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fewshot_asam import fused
 from fewshot_asam.errors import FewShotError, require_one_of
@@ -214,10 +216,34 @@ def fuses(model: nn.Module) -> bool:
 def unvectorisable_layers(model: nn.Module) -> list[str]:
     """Names of the layers whose second-order gradients are wrong under `vmap`: batch, instance and layer norm.
 
-    Group norm and RMS norm are right. A model that calls `F.batch_norm` or `F.layer_norm` itself is not seen.
+    Group norm and RMS norm are right. `VectorisableOnly` sees what a model calls without such a layer.
     """
     kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
     return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+
+class Unvectorisable(FewShotError, RuntimeError):
+    """A model calls a function whose second-order gradients are wrong under `vmap`."""
+
+
+class VectorisableOnly(TorchFunctionMode):
+    """Within it, a norm that `vmap` differentiates wrongly raises `Unvectorisable`, however it is called."""
+
+    REFUSED = (F.batch_norm, F.instance_norm, F.layer_norm, torch.batch_norm, torch.instance_norm, torch.layer_norm)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in self.REFUSED:
+            raise Unvectorisable(
+                f"the second-order gradients of {func.__name__}, which the model calls, are wrong under vmap; use "
+                "engine 'loop', or fewshot_asam.models.TaskNorm"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def require_stateless(model: nn.Module) -> None:

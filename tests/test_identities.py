@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fewshot_asam import FewShotError
+from fewshot_asam import FewShotError, meta
 from fewshot_asam.engine import choice
 from fewshot_asam.inner import Rule
 from fewshot_asam.meta import MetaLearner, Norm
@@ -155,7 +157,32 @@ def test_norms_that_are_not_vectorised_would_be_wrong(norm: nn.Module, monkeypat
     with pytest.raises(FewShotError, match="second-order gradients of layer '1'"):
         batched_against_loop(with_norm(norm), MAML, 2)
     monkeypatch.setattr(choice, "unvectorisable_layers", lambda model: [])
+    monkeypatch.setattr(meta, "VectorisableOnly", nullcontext)
     assert batched_against_loop(with_norm(norm), MAML, 2) > 1e-7
+
+
+class CallsLayerNorm(nn.Module):
+    """A norm that no layer gives away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = (nn.Parameter(torch.ones(4, 7, 7)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[1:], self.scale, self.shift)
+
+
+def test_a_norm_that_a_model_calls_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FewShotError, match="second-order gradients of layer_norm, which the model calls"):
+        batched_against_loop(with_norm(CallsLayerNorm()), MAML, 2)
+    learner = MetaLearner(with_norm(CallsLayerNorm()), 0.1, MAML)
+    with pytest.warns(UserWarning, match="tasks run one by one, as the model cannot be vectorised: the second-order"):
+        by_auto = meta_gradient(learner, episodes(), 2)
+    loop = MetaLearner(with_norm(CallsLayerNorm()), 0.1, MAML, engine="loop")
+    loop.load_state_dict(learner.state_dict())
+    assert deviation(by_auto, meta_gradient(loop, episodes(), 2)) == 0
+    monkeypatch.setattr(meta, "VectorisableOnly", nullcontext)
+    assert batched_against_loop(with_norm(CallsLayerNorm()), MAML, 2) > 1e-7
 
 
 def batched_against_loop(model: nn.Module, rule: Rule, steps: int, **options: str) -> float:
