@@ -28,7 +28,8 @@ Rendered from `ledger.jsonl` by `reproduce_maml {plans} --render`; do not edit i
   interval over tasks (of the differences averaged over seeds) and the interval over seeds both leave out 0, and
   **inside the noise** otherwise; with one seed there is no verdict. One in 20 verdicts on equal rules may be wrong, so
   a lone one among many says little.
-- Rules are compared after the same number of iterations; their costs stand in a table of their own.
+- Rules are compared after the same number of iterations. Time is of an iteration, the first rule's over the second's,
+  from runs that may have shared their machine: a rough figure, which `python -m benchmarks.rules` measures better.
 """
 
 
