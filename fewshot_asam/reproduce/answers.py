@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fewshot_asam.reproduce.found import Found, look_up
-from fewshot_asam.reproduce.ledger import Record
+from torch import Tensor
+
+from fewshot_asam.reproduce.found import Found, Looked
 from fewshot_asam.reproduce.markdown import NOTHING, block, cosine, figure, percent, table, text
 from fewshot_asam.reproduce.plan import Pairs, Plan, cell_name
-from fewshot_asam.reproduce.statistics import NOISE, ONE_SEED, Comparison, compare, in_words, over_seeds
+from fewshot_asam.reproduce.statistics import NOISE, Comparison, Spread, compare, over_seeds
 
 NOT_RUN = "not run"
-OF_CLAIMS = {"better": "confirmed", "worse": "contradicted", NOISE: f"not confirmed: {NOISE}", ONE_SEED: ONE_SEED}
-"""What a verdict on its first rule makes of a claim."""
+DIVERGED = "diverged"
 
 
 class Answer(NamedTuple):
@@ -22,6 +22,7 @@ class Answer(NamedTuple):
 
     - `published`: the published difference, in points.
     - `time`: the first rule's seconds an iteration over the second's.
+    - `diverged`: runs of either that diverged.
     """
 
     asked: str
@@ -29,25 +30,44 @@ class Answer(NamedTuple):
     found: Found
     published: float | None
     result: Comparison | None
-    time: float | None
+    time: Spread | None
+    diverged: int
 
     @property
     def verdict(self) -> str:
         """On the first rule; `not run` without a seed that both have."""
-        return NOT_RUN if self.result is None else self.result.verdict
+        if self.result is None:
+            return DIVERGED if self.diverged else NOT_RUN
+        return self.result.verdict
+
+    @property
+    def of_claim(self) -> str:
+        """What the verdict makes of a claim: confirmed or not where a difference is published, else a sign of it."""
+        if self.result is None or self.published is None:
+            return {"better": "in favour", "worse": "against"}.get(self.verdict, self.verdict)
+        mean = 100 * self.result.tasks.mean
+        if self.verdict in ("better", "worse"):
+            return "confirmed" if mean * self.published > 0 else "contradicted"
+        if self.verdict != NOISE:
+            return self.verdict
+        inside = abs(mean - self.published) <= 100 * self.result.half_width
+        return f"not confirmed: {NOISE}, the published difference {'too' if inside else 'outside of it'}"
 
 
-def render(plans: Sequence[Plan], records: Mapping[str, Record]) -> Iterable[str]:
+def render(looked: Looked) -> Iterable[str]:
     """The page's part that comes before the plans."""
-    looked = [(plan, [look_up(section, records) for section in plan.sections]) for plan in plans]
-    claims = [one for plan, sections in looked for one in answers(plan, sections, plan.claims)]
-    questions = [one for plan, sections in looked for one in answers(plan, sections, plan.questions)]
+    claims = _finished_first(one for plan, sections in looked for one in answers(plan, sections, plan.claims))
+    questions = _finished_first(one for plan, sections in looked for one in answers(plan, sections, plan.questions))
     if claims:
-        yield f"## Which published claims hold?\n\n{_counted(claims)}\n"
-        yield _answers("claim", claims, OF_CLAIMS)
+        yield (
+            "## Which published claims hold?\n\nWhere the paper gives figures for a setting, a claim is confirmed or "
+            "contradicted. Elsewhere a difference is in favour of it or against it: the same rules at another size.\n\n"
+            f"{_counted(claims)}\n"
+        )
+        yield _answers("claim", [(one, one.of_claim) for one in claims])
     if questions:
         yield "## Open questions\n\nThe answer is about the first of the two rules.\n"
-        yield _answers("question", questions, {})
+        yield _answers("question", [(one, one.verdict) for one in questions])
     sections = [(plan, found) for plan, several in looked for found in several]
     if standing := [row for plan, found in sections for row in _standing(plan, found)]:
         head = ["setting", "published", "%", "our MAML", "n", "ours − published"]
@@ -55,51 +75,64 @@ def render(plans: Sequence[Plan], records: Mapping[str, Record]) -> Iterable[str
     if shares := [row for _, found in sections for row in _shares(found)]:
         yield _told_apart(shares)
     if congruences := [row for plan, found in sections for row in _congruences(plan, found)]:
-        head = ["difference of cosines", "setting", "before the inner step", "", "after it", "", "n"]
-        yield f"## Are the gradients more congruent?\n\n{table(head, congruences)}"
+        yield _congruent(congruences)
     yield from _left(looked)
 
 
 def answers(plan: Plan, sections: Iterable[Found], asked: Pairs) -> list[Answer]:
-    """What the sections that have both rules say, each pair of runs once."""
-    told: dict[tuple[str, str, str], Answer] = {}
-    for found in sections:
-        rules, published = found.section.rules, found.section.published
-        for asking, (first, second) in asked.items():
+    """What the sections that have both rules say; of the same runs and test, the section that knows most."""
+    told: dict[tuple[object, ...], Answer] = {}
+    for asking, (first, second) in asked.items():
+        for found in sections:
+            rules, published = found.section.rules, found.section.published
             if first in rules and second in rules:
-                key = (asking, cell_name(rules[first]), cell_name(rules[second]))
                 both = first in published and second in published
-                result = found.difference(first, second)
-                time = None if result is None else found.seconds(first) / found.seconds(second)
                 difference = published[first] - published[second] if both else None
-                told.setdefault(key, Answer(asking, plan, found, difference, result, time))
-    order = list(asked)
-    return sorted(told.values(), key=lambda one: (one.result is None, order.index(one.asked)))
+                diverged = sum(rule in (first, second) for rule, _ in found.diverged)
+                result = found.difference(first, second)
+                one = Answer(asking, plan, found, difference, result, found.time(first, second), diverged)
+                tests = (found.test(rule, found.main) for rule in (first, second))
+                key = (asking, cell_name(rules[first]), cell_name(rules[second]), *tests)
+                told[key] = max(told.get(key, one), one, key=_known)
+    return list(told.values())
+
+
+def _known(answer: Answer) -> tuple[bool, int]:
+    return answer.published is not None, answer.result.seeds.seeds if answer.result else 0
+
+
+def _finished_first(told: Iterable[Answer]) -> list[Answer]:
+    return sorted(told, key=lambda one: one.result is None)
 
 
 def _counted(claims: Iterable[Answer]) -> str:
     """How many claims came to what, by plan."""
     by_plan: dict[str, Counter[str]] = {}
     for one in claims:
-        by_plan.setdefault(one.plan.path.name, Counter())[OF_CLAIMS.get(one.verdict, one.verdict)] += 1
+        by_plan.setdefault(one.plan.path.name, Counter())[one.of_claim] += 1
     lines = []
     for name, counts in by_plan.items():
-        words = ", ".join(f"{answer} {count}" for answer, count in counts.most_common())
+        words = "; ".join(f"{count} {answer}" for answer, count in counts.most_common())
         lines.append(f"- `{name}`, {counts.total()} in all: {words}")
     return "\n".join(lines)
 
 
-def _answers(kind: str, told: Iterable[Answer], words: Mapping[str, str]) -> str:
+def _answers(kind: str, told: Iterable[tuple[Answer, str]]) -> str:
     rows = []
-    for one in told:
+    for one, words in told:
         result, where = one.result, f"{one.found.section.title} (`{one.plan.name}`)"
         head = [one.asked, where, figure(one.published, "+")]
         if result is None:
-            rows.append([*head, *[NOTHING] * 3, NOT_RUN, NOTHING])
+            rows.append([*head, *[NOTHING] * 3, words, NOTHING])
         else:
-            intervals = [percent(result.tasks), text(result.seeds), str(result.seeds.seeds)]
-            rows.append([*head, *intervals, f"**{words.get(one.verdict, one.verdict)}**", f"× {one.time:.2f}"])
+            count = f"{result.seeds.seeds}" + (f", {one.diverged} {DIVERGED}" if one.diverged else "")
+            time = NOTHING if one.time is None else f"× {_ratio(one.time)}"
+            rows.append([*head, percent(result.tasks), text(result.seeds), count, f"**{words}**", time])
     return table([kind, "setting", "published", "over tasks", "over seeds", "n", "answer", "time"], rows)
+
+
+def _ratio(time: Spread) -> str:
+    return f"{time.mean:.2f}" + ("" if time.half_width is None else f" ± {time.half_width:.2f}")
 
 
 def _standing(plan: Plan, found: Found) -> Iterable[list[str]]:
@@ -114,23 +147,26 @@ def _standing(plan: Plan, found: Found) -> Iterable[list[str]]:
                 if ours is None:
                     yield [*row, NOT_RUN, "0", NOTHING]
                 else:
-                    yield [*row, text(ours), str(ours.seeds), figure(100 * ours.mean - value, "+")]
+                    yield [*row, text(ours), str(ours.seeds), text(ours._replace(mean=ours.mean - value / 100))]
 
 
 def _shares(found: Found) -> Iterable[list[str]]:
-    """For each rule and way of adapting: what training with it changes, and what adapting with it does."""
+    """For each rule and way of adapting: what training with it changes, what adapting with it does, and both."""
     rules = found.section.rules
     baselines = [rule for rule, config in rules.items() if config.inner == "maml"]
     for rule in (rule for rule in rules if baselines and rule not in baselines):
         own, plain = _tests_with(found, rule, rules[rule].inner), _tests_with(found, rule, "maml")
-        for way in sorted(own.keys() & plain.keys()):
-            tasks = min(found.test(rule, name).tasks for name in (own[way], plain[way]))
-            adapted = found.accuracies(rule, plain[way], tasks)
-            trained = compare(adapted, found.accuracies(baselines[0], plain[way], tasks))
-            used = compare(found.accuracies(rule, own[way], tasks), adapted)
-            if trained is not None and used is not None:
-                row = [rule, found.section.title, str(way[0]), f"{tasks:,}", *_told(trained), *_told(used)]
-                yield [*row, str(used.seeds.seeds)]
+        for way in sorted(own.keys() & plain.keys() & _tests_with(found, baselines[0], "maml").keys()):
+            names = {rule: (own[way], plain[way]), baselines[0]: (plain[way],)}
+            tasks = min(found.test(of, name).tasks for of, several in names.items() for name in several)
+            (mine, adapted), (theirs,) = (
+                [found.accuracies(of, name, tasks) for name in several] for of, several in names.items()
+            )
+            seeds = [seed for seed in found.paired(rule, baselines[0]) if seed in mine and seed in adapted]
+            pairs = ((adapted, theirs), (mine, adapted), (mine, theirs))
+            told = [_of(seeds, first, second) for first, second in pairs]
+            if all(told):
+                yield [rule, found.section.title, str(way[0]), f"{tasks:,}", *told, str(len(seeds))]
 
 
 def _tests_with(found: Found, rule: str, inner: str) -> dict[tuple[int, float], str]:
@@ -139,36 +175,52 @@ def _tests_with(found: Found, rule: str, inner: str) -> dict[tuple[int, float], 
     return {(test.inner_steps, test.inner_lr): name for name, test in tests.items() if test.inner == inner}
 
 
-def _told(result: Comparison) -> list[str]:
-    return [text(result.seeds), result.verdict]
+def _of(seeds: Sequence[int], first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> str:
+    """A difference for some seeds, its intervals and a verdict."""
+    shared = [seed for seed in seeds if seed in second]
+    result = compare({seed: first[seed] for seed in shared}, {seed: second[seed] for seed in shared})
+    if result is None:
+        return ""
+    width = result.seeds.half_width
+    seeds_text = "" if width is None else f", seeds ± {100 * width:.2f}"
+    return f"{100 * result.tasks.mean:+.2f} (tasks ± {100 * result.tasks.half_width:.2f}{seeds_text}): {result.verdict}"
 
 
 def _told_apart(rows: Iterable[Sequence[str]]) -> str:
-    head = ["rule", "setting", "steps", "tasks", "from training", "", "from adapting", "", "n"]
+    head = ["rule", "setting", "steps", "tasks", "from training", "from adapting", "together", "n"]
     return (
         "## From training, or from adapting with the rule?\n\n"
         "From training: weights trained with the rule minus weights trained with MAML, both adapted by MAML. From "
-        "adapting: the weights trained with the rule, adapted by it minus adapted by MAML. Over seeds.\n\n"
-        f"{table(head, rows)}"
+        "adapting: the weights trained with the rule, adapted by it minus adapted by MAML. In this order; MAML's "
+        f"weights adapted by the rule were not tested. First tasks of the test alone.\n\n{table(head, rows)}"
     )
 
 
 def _congruences(plan: Plan, found: Found) -> Iterable[list[str]]:
     """Of the rules that claims are about."""
     for first, second in dict.fromkeys(plan.claims.values()):
-        row: list[str] = []
-        seeds = 0
+        columns = []
         for name in ("congruence_before", "congruence_after"):
             one, other = found.congruence(first, name), found.congruence(second, name)
-            if shared := sorted(one.keys() & other.keys()):
-                difference = over_seeds([one[seed] - other[seed] for seed in shared])
-                row += [cosine(difference), in_words(difference, ("higher", "lower"))]
-                seeds = len(shared)
-        if row:
-            yield [f"{first} − {second}", f"{found.section.title} (`{plan.name}`)", *row, str(seeds)]
+            seeds = [seed for seed in found.paired(first, second) if seed in one and seed in other]
+            columns.append([one[seed] - other[seed] for seed in seeds])
+        if all(columns):
+            tasks = found.section.rules[first].congruence_tasks
+            cosines = [cosine(over_seeds(column)) for column in columns]
+            where = f"{found.section.title} (`{plan.name}`)"
+            yield [f"{first} − {second}", where, *cosines, str(tasks), str(len(columns[0]))]
 
 
-def _left(looked: Iterable[tuple[Plan, Sequence[Found]]]) -> Iterable[str]:
+def _congruent(rows: Iterable[Sequence[str]]) -> str:
+    head = ["difference of cosines", "setting", "before the inner step", "after it", "tasks", "n"]
+    return (
+        "## Are the gradients more congruent?\n\nThe paper's Figure 1 says so of Agnostic-SAM against SAM, in its "
+        "supervised form. The intervals are over seeds alone: all runs are measured on the same few tasks, whose noise "
+        f"comes on top, so no verdict is given.\n\n{table(head, rows)}"
+    )
+
+
+def _left(looked: Looked) -> Iterable[str]:
     """The plans that are not done, and the commands that do them."""
     lines = []
     for plan, sections in looked:

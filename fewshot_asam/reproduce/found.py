@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from fewshot_asam.config import plain
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.ledger import Record
-from fewshot_asam.reproduce.plan import Plan, Section, Test, resolved
+from fewshot_asam.reproduce.plan import ELSEWHERE, Plan, Section, Test, resolved
 from fewshot_asam.reproduce.statistics import Comparison, Spread, compare, over_seeds
 
 Runs = dict[int, Record]
@@ -18,7 +19,7 @@ Runs = dict[int, Record]
 
 
 class Found(NamedTuple):
-    """A section and its runs by rule; `diverged` and `missing` hold the rule and seed of the others."""
+    """A section and its runs by rule; `diverged` and `missing` hold the rule and seed of runs or tests that lack."""
 
     section: Section
     runs: dict[str, Runs]
@@ -45,14 +46,21 @@ class Found(NamedTuple):
         values = [found.mean().item() for found in self.accuracies(rule, name, tasks).values()]
         return over_seeds(values) if values else None
 
+    def paired(self, first: str, second: str) -> list[int]:
+        """The seeds that two rules have on the same kind of device, whose generators draw the same tasks."""
+        one, other = (self.runs.get(rule, {}) for rule in (first, second))
+        return [seed for seed in one if seed in other and _on_cpu(one[seed]) == _on_cpu(other[seed])]
+
     def difference(self, first: str, second: str) -> Comparison | None:
         """One rule minus another in the test that rules are compared by; None where they share no seed."""
-        return compare(self.accuracies(first, self.main), self.accuracies(second, self.main))
+        seeds = self.paired(first, second)
+        return compare(*(_of(seeds, self.accuracies(rule, self.main)) for rule in (first, second)))
 
-    def seconds(self, rule: str) -> float:
-        """Seconds an iteration of training, validations included, mean over the seeds."""
-        runs = self.runs[rule].values()
-        return over_seeds([record["wall_seconds"] / record["iterations"] for record in runs]).mean
+    def time(self, first: str, second: str) -> Spread | None:
+        """One rule's seconds an iteration over another's, for the seeds that both have from the same machine."""
+        pairs = [(self.runs[first][seed], self.runs[second][seed]) for seed in self.paired(first, second)]
+        ratios = [seconds(one) / seconds(other) for one, other in pairs if machine(one) == machine(other)]
+        return over_seeds(ratios) if ratios else None
 
     def congruence(self, rule: str, name: str) -> dict[int, float]:
         """A congruence of the weights that were tested, by seed, from the validation that chose them."""
@@ -61,40 +69,72 @@ class Found(NamedTuple):
         return {seed: run["validation"][name][at[seed]] for seed, run in runs.items()}
 
 
-def look_up(section: Section, records: Mapping[str, Record]) -> Found:
-    """The section's runs in the ledger."""
+Looked = Sequence[tuple[Plan, Sequence[Found]]]
+"""Plans, and their sections in the ledger."""
+
+
+def look_up(plans: Iterable[Plan], records: Mapping[str, Record]) -> Looked:
+    """What the ledger holds of these plans."""
+    return [(plan, [_look_up(section, records) for section in plan.sections]) for plan in plans]
+
+
+def _look_up(section: Section, records: Mapping[str, Record]) -> Found:
+    """The section's runs in the ledger, with whatever tests they have."""
     found = Found(section, {}, [], [])
     for rule in section.rules:
         for seed in section.seeds:
             cell = section.cell(rule, seed)
             if not ledger.is_done(cell, records):
                 found.missing.append((rule, seed))
-            elif "diverged" in records[cell.name]:
+            if cell.name in records and "diverged" in records[cell.name]:
                 found.diverged.append((rule, seed))
-            else:
+            elif cell.name in records:
                 found.runs.setdefault(rule, {})[seed] = records[cell.name]
     return found
+
+
+def seconds(record: Record) -> float:
+    """Seconds an iteration of training, validations included."""
+    return float(record["wall_seconds"] / record["iterations"])
+
+
+def machine(record: Record) -> str:
+    """What a run's time depends on."""
+    device = record["device"]
+    threads = f" ({record['threads']} threads)" if device == "cpu" else ""
+    return f"{device}{threads}, {record['engine']}, torch {record['versions']['torch']}"
+
+
+def _on_cpu(record: Record) -> bool:
+    return bool(record["device"] == "cpu")
+
+
+def _of(seeds: Sequence[int], accuracies: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    return {seed: accuracies[seed] for seed in seeds if seed in accuracies}
 
 
 Family = dict[float, Spread]
 """Accuracies over seeds by radius."""
 
 
-def sweeps(plan: Plan, records: Mapping[str, Record]) -> list[dict[str, Family]]:
-    """The plan's radius sweeps: runs that differ in rule, radius and validation set alone, by rule and validation set.
+def sweeps(sections: Sequence[Found]) -> list[dict[str, Family]]:
+    """Radius sweeps: runs that differ in rule, radius and validation set alone, by rule and validation set.
 
-    A sweep has three radii of one rule at least. MAML, which has none, stands at radius 0.
+    A sweep has three radii of one rule at least. MAML, which has none, stands at radius 0. Of a run that stands in
+    several sections the one with most seeds counts.
     """
     groups: dict[str, dict[str, Family]] = {}
-    for found in (look_up(section, records) for section in plan.sections):
-        for rule in found.runs:
-            settings = next(iter(found.runs[rule].values()))["settings"]
-            alike = {k: v for k, v in settings.items() if k not in ("inner", "rho", "validation", "seed")}
+    for found in sections:
+        for rule, config in found.section.rules.items():
+            settings = {name: value for name, value in plain(config).items() if name not in ELSEWHERE}
             name = settings["inner"] + _suffix(settings["validation"])
             radius = 0.0 if settings["inner"] == "maml" else settings["rho"]
+            alike = {k: v for k, v in settings.items() if k not in ("inner", "rho", "validation")}
+            test = found.test(rule, found.main)
+            family = groups.setdefault(json.dumps([alike, test[1:]]), {}).setdefault(name, {})
             mean = found.mean(rule, found.main)
-            if mean is not None:
-                groups.setdefault(json.dumps(alike), {}).setdefault(name, {})[radius] = mean
+            if mean is not None and (radius not in family or family[radius].seeds < mean.seeds):
+                family[radius] = mean
     return [group for group in groups.values() if max(len(family) for family in group.values()) >= 3]
 
 

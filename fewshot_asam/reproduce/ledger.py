@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewshot_asam.config import plain
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.reproduce.plan import Cell, Test
+from fewshot_asam.reproduce.plan import WITHOUT_EFFECT, Cell, Test
 
 Record = dict[str, Any]
 FILE = "ledger.jsonl"
@@ -67,9 +68,23 @@ def read_cells(path: Path) -> dict[str, Record]:
 
 
 def is_done(cell: Cell, records: Mapping[str, Record]) -> bool:
-    """Whether a cell was run and tested in all ways that are wanted, or cannot be as its training diverged."""
+    """Whether a cell was run and tested in all ways that are wanted, or cannot be as its training diverged.
+
+    Raises `FewShotError` where it was run with other settings, as a default may change that its name does not tell.
+    """
     record = records.get(cell.name)
+    if record is not None:
+        _require_settings(cell, record["settings"])
     return record is not None and ("diverged" in record or all(find(record, test) is not None for test in cell.tests))
+
+
+def _require_settings(cell: Cell, settings: Mapping[str, object]) -> None:
+    for name, value in plain(cell.config).items():
+        if name not in WITHOUT_EFFECT and name in settings and json.dumps(settings[name]) != json.dumps(value):
+            raise FewShotError(
+                f"the ledger has {cell.name} with {name} {settings[name]!r}, but the plan or the package's default is "
+                f"{value!r}; say {name} in the plan as it was, or remove that line and the run's folder"
+            )
 
 
 def find(record: Record, test: Test) -> Record | None:

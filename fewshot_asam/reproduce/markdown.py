@@ -14,7 +14,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], last: bool = True)
     """A table, without its last column unless `last`."""
     width = len(head) if last else len(head) - 1
     lines = [head[:width], ["---"] * width, *(row[:width] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def percent(value: Interval) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
 from fewshot_asam import runs
 from fewshot_asam.evaluate import interval
 from fewshot_asam.reproduce import answers, ledger, plots
-from fewshot_asam.reproduce.found import Found, look_up, sweeps
-from fewshot_asam.reproduce.ledger import Record
+from fewshot_asam.reproduce.found import Found, Looked, look_up, machine, seconds, sweeps
 from fewshot_asam.reproduce.markdown import NOTHING, block, cosine, figure, percent, picture, table, text
 from fewshot_asam.reproduce.plan import Plan, adaptation_command, cells, command
 from fewshot_asam.reproduce.queue import FEWER
@@ -21,13 +20,15 @@ INTRODUCTION = """# Do the published claims hold?
 Rendered from `ledger.jsonl` by `reproduce_maml {plans} --render`; do not edit it by hand.
 
 - Accuracies are in %. A seed's ± is a 95 % interval over test tasks (normal); that of a mean over n seeds is a 95 %
-  t-interval over the seeds (4.303 standard errors for n = 3). The test tasks are the same for all runs.
+  t-interval over the seeds (4.303 standard errors for n = 3). The test tasks are the same for all runs on one kind of
+  device, and only such runs are compared.
 - Each run is tested with the weights that were best on fixed validation tasks. "First 600" are the first 600 of the
-  same tasks, the number that papers test on.
+  same tasks, a number that papers often test on. The Agnostic-SAM paper gives neither intervals nor a number of tasks;
+  the protocol it follows has 400, which alone makes about ±1 point, more than most of the differences it claims.
 - Differences are paired: task by task, for one seed, then averaged. A rule is called **better** or **worse** where the
   interval over tasks (of the differences averaged over seeds) and the interval over seeds both leave out 0, and
-  **inside the noise** otherwise; with one seed there is no verdict. One in 20 verdicts on equal rules may be wrong, so
-  a lone one among many says little.
+  **inside the noise** otherwise. That does not say that the rules are equal: the interval says what it leaves room for.
+  With one seed there is no verdict. One in 20 verdicts on equal rules may be wrong: a lone one among many says little.
 - Rules are compared after the same number of iterations. Time is of an iteration, the first rule's over the second's,
   from runs that may have shared their machine: a rough figure, which `python -m benchmarks.rules` measures better.
 """
@@ -35,30 +36,29 @@ Rendered from `ledger.jsonl` by `reproduce_maml {plans} --render`; do not edit i
 
 def write_page(plans: Sequence[Plan], results: Path) -> None:
     """Writes `README.md` and its figures into the folder that holds the ledger."""
-    records = ledger.read_cells(results / ledger.FILE)
+    looked = look_up(plans, ledger.read_cells(results / ledger.FILE))
     results.mkdir(parents=True, exist_ok=True)
-    plots.draw(plans, records, results)
-    runs.write_text(results / "README.md", render(plans, records))
+    plots.draw(looked, results)
+    runs.write_text(results / "README.md", render(looked))
 
 
-def render(plans: Sequence[Plan], records: Mapping[str, Record]) -> str:
+def render(looked: Looked) -> str:
     """The page as text."""
-    parts = [INTRODUCTION.format(plans=" ".join(f"plans/{plan.path.name}" for plan in plans))]
-    parts += answers.render(plans, records)
-    for plan in plans:
-        parts += _plan(plan, records)
+    parts = [INTRODUCTION.format(plans=" ".join(f"plans/{plan.path.name}" for plan, _ in looked))]
+    parts += answers.render(looked)
+    for plan, sections in looked:
+        parts += _plan(plan, sections)
     return "\n".join(parts)
 
 
-def _plan(plan: Plan, records: Mapping[str, Record]) -> Iterable[str]:
-    sections = [look_up(section, records) for section in plan.sections]
-    wanted = cells([plan])
-    done = sum(ledger.is_done(cell, records) for cell in wanted)
-    yield f"## Plan `{plan.path.name}`: {done} of {len(wanted)} runs are done\n"
+def _plan(plan: Plan, sections: Sequence[Found]) -> Iterable[str]:
+    wanted = {cell.name for cell in cells([plan])}
+    missing = {found.section.cell(rule, seed).name for found in sections for rule, seed in found.missing}
+    yield f"## Plan `{plan.path.name}`: {len(wanted - missing)} of {len(wanted)} runs are done\n"
     for found in sections:
         if found.runs or found.diverged:
             yield from _section(plan, found)
-    for name, group in plots.sweep_names(plan, sweeps(plan, records)).items():
+    for name, group in plots.sweep_names(plan, sweeps(sections)).items():
         yield f"### Accuracy against the radius\n\n{picture(name, ', '.join(group))}\n"
     yield from _missing(plan, sections)
 
@@ -76,8 +76,7 @@ def _section(plan: Plan, found: Found) -> Iterable[str]:
         yield congruence
     if found.runs:
         yield _costs(found)
-        if plots.has_curves(found):
-            yield f"{picture(plots.curves_name(plan, section), f'{section.title}: accuracy while training')}\n"
+        yield f"{picture(plots.curves_name(plan, section), f'{section.title}: accuracy while training')}\n"
     for rule, seed in found.diverged:
         yield f"Diverged, so without an accuracy: {rule}, seed {seed}.\n"
     yield _commands(found)
@@ -98,7 +97,8 @@ def _setting(found: Found) -> str:
 
 def _accuracies(found: Found) -> str:
     section = found.section
-    head = ["rule", *(f"seed {seed}" for seed in section.seeds), "mean over seeds", "n", f"first {FEWER}"]
+    head = ["rule", *(f"seed {seed}" for seed in section.seeds), "mean over seeds", "n"]
+    head += [f"first {FEWER}"] if section.tests[found.main]["tasks"] > FEWER else []
     rows = []
     for rule, config in section.rules.items():
         values = found.accuracies(rule, found.main)
@@ -106,7 +106,7 @@ def _accuracies(found: Found) -> str:
         mean = found.mean(rule, found.main)
         fewer = found.mean(rule, found.main, FEWER)
         row = [f"{rule} (`{config.rule_text}`)", *each, text(mean), str(mean.seeds if mean else 0), text(fewer)]
-        rows.append([*row, figure(section.published.get(rule))])
+        rows.append([*row[: len(head)], figure(section.published.get(rule))])
     for label, value in section.published.items():
         if label not in section.rules:
             rows.append([label, *[NOTHING] * (len(head) - 1), figure(value)])
@@ -127,8 +127,9 @@ def _differences(found: Found) -> str:
 
 def _side_tests(found: Found) -> str:
     tests = found.section.tests
-    head = ["trained with", *(f"{name} ({test['tasks']:,} tasks)" for name, test in tests.items())]
-    return table(head, [[rule, *(text(found.mean(rule, name)) for name in tests)] for rule in found.section.rules])
+    head = ["trained with", *(f"{name} ({test['tasks']:,} tasks)" for name, test in tests.items()), "n"]
+    counts = {rule: str(len(found.runs.get(rule, {}))) for rule in found.section.rules}
+    return table(head, [[rule, *(text(found.mean(rule, name)) for name in tests), n] for rule, n in counts.items()])
 
 
 def _congruence(found: Found) -> str:
@@ -137,35 +138,33 @@ def _congruence(found: Found) -> str:
     for rule in found.runs:
         columns = [found.congruence(rule, name).values() for name in ("congruence_before", "congruence_after")]
         if all(columns):
-            rows.append([rule, *(cosine(over_seeds(list(column))) for column in columns), str(len(columns[0]))])
+            config = found.section.rules[rule]
+            cosines = [cosine(over_seeds(list(column))) for column in columns]
+            rows.append([rule, f"{config.rule.radii[1]:g}", config.validation, *cosines, str(len(columns[0]))])
     if not rows:
         return ""
     return (
         "Congruence of the gradients: the cosine of `∇L_t(θ)` and `∇L_v(θ_v)`, mean over tasks. The validation set is "
         "an augmented copy of the support set where the rule itself has a duplicate, with which the cosine would be "
-        f"near 1 whatever the weights:\n\n"
-        f"{table(['rule', 'before the inner step', 'after it', 'n'], rows)}"
+        "near 1 whatever the weights. `θ_v` is at the rule's own radius, so only rows of one radius and validation set "
+        f"can be compared:\n\n{table(['rule', 'radius', 'validation', 'before the inner step', 'after it', 'n'], rows)}"
     )
 
 
 def _costs(found: Found) -> str:
-    first = None
+    first = next(iter(found.runs))
     rows = []
     for rule, by_seed in found.runs.items():
-        seconds = found.seconds(rule)
-        first = first or seconds
-        minutes = over_seeds([record["wall_seconds"] / 60 for record in by_seed.values()]).mean
-        best = ", ".join(f"{record['best_iteration']:,}" for record in by_seed.values())
-        where = sorted({_machine(record) for record in by_seed.values()})
-        rows.append([rule, f"{minutes:.1f}", f"{1000 * seconds:.0f}", f"{seconds / first:.2f}", best, "; ".join(where)])
-    head = ["rule", "minutes of training", "ms an iteration", "times the first", "best iterations", "where"]
+        ours = by_seed.values()
+        minutes = over_seeds([record["wall_seconds"] / 60 for record in ours]).mean
+        iteration = over_seeds([1000 * seconds(record) for record in ours]).mean
+        ratio = found.time(rule, first)
+        best = ", ".join(f"{record['best_iteration']:,}" for record in ours)
+        where = [*sorted({machine(record) for record in ours}), *sorted({f"commit {r['commit']}" for r in ours})]
+        times = f"{ratio.mean:.2f}" if ratio else NOTHING
+        rows.append([rule, f"{minutes:.1f}", f"{iteration:.0f}", times, best, "; ".join(where), str(len(by_seed))])
+    head = ["rule", "minutes of training", "ms an iteration", "times the first", "best iterations", "where", "n"]
     return f"Costs, validations included, mean over seeds:\n\n{table(head, rows)}"
-
-
-def _machine(record: Record) -> str:
-    device = record["device"]
-    threads = f" ({record['threads']} threads)" if device == "cpu" else ""
-    return f"{device}{threads}, {record['engine']}, torch {record['versions']['torch']}"
 
 
 def _commands(found: Found) -> str:

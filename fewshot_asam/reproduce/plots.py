@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from fewshot_asam.checkpoint import write_atomically
-from fewshot_asam.reproduce.found import Family, Found, Runs, look_up, sweeps
-from fewshot_asam.reproduce.ledger import Record
+from fewshot_asam.reproduce.found import Family, Found, Looked, Runs, sweeps
 from fewshot_asam.reproduce.plan import Plan, Section
 
 
-def draw(plans: Sequence[Plan], records: Mapping[str, Record], folder: Path) -> None:
+def draw(looked: Looked, folder: Path) -> None:
     """Writes all figures that the ledger has numbers for."""
-    for plan in plans:
-        for found in (look_up(section, records) for section in plan.sections):
-            if has_curves(found):
+    for plan, sections in looked:
+        for found in sections:
+            if found.runs:
                 _save(_curves(found), folder / curves_name(plan, found.section))
-        for name, group in sweep_names(plan, sweeps(plan, records)).items():
+        for name, group in sweep_names(plan, sweeps(sections)).items():
             _save(_radii(group), folder / name)
-
-
-def has_curves(found: Found) -> bool:
-    """Whether there is a course of validation to draw."""
-    return bool(found.runs)
 
 
 def curves_name(plan: Plan, section: Section) -> str:
     """The file of a section's curves."""
     words = re.findall(r"[a-z0-9.]+", section.title.lower())
-    return f"{plan.name}-{'-'.join(words)}.png"
+    return f"{plan.name}-{1 + plan.sections.index(section)}-{'-'.join(words)}.png"
 
 
 def sweep_names(plan: Plan, groups: Sequence[dict[str, Family]]) -> dict[str, dict[str, Family]]:
@@ -67,20 +61,32 @@ def _curves(found: Found) -> Figure:
 
 
 def _radii(group: dict[str, Family]) -> Figure:
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    """Points side by side where radii are equal; hollow and without an interval where there is one seed."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     panel = figure.subplots()
     for number, (name, family) in enumerate(sorted(group.items())):
-        if set(family) == {0.0}:
-            panel.axhline(100 * family[0.0].mean, color="black", linestyle="--", label=name)
-            continue
-        radii = sorted(family)
-        widths = [100 * (family[radius].half_width or 0) for radius in radii]
-        means = [100 * family[radius].mean for radius in radii]
-        panel.errorbar(radii, means, widths, color=f"C{number}", marker="o", capsize=3, label=name)
+        color = f"C{number}"
+        if 0.0 in family:
+            mean, width = 100 * family[0.0].mean, 100 * (family[0.0].half_width or 0.0)
+            panel.axhline(mean, color=color, linestyle="--", label=f"{name} ({_seeds(family)})")
+            panel.axhspan(mean - width, mean + width, color=color, alpha=0.12)
+        points = {radius * 1.06**number: found for radius, found in sorted(family.items()) if radius > 0}
+        panel.plot(list(points), [100 * p.mean for p in points.values()], color=color, alpha=0.4)
+        for x, point in points.items():
+            fill = "none" if point.half_width is None else color
+            panel.plot(x, 100 * point.mean, "o", color=color, markerfacecolor=fill)
+            panel.errorbar(x, 100 * point.mean, 100 * (point.half_width or 0.0), color=color, capsize=3)
+        if points:
+            panel.plot([], [], "o-", color=color, label=f"{name} ({_seeds(family)})")
     panel.set(xscale="log", xlabel="rho", ylabel="test accuracy, %", title="mean over seeds, 95 % t-interval")
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
     return figure
+
+
+def _seeds(family: Family) -> str:
+    counts = sorted({point.seeds for point in family.values()})
+    return "n = " + " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
 
 
 def _courses(runs: Runs, name: str, scale: float = 1) -> list[list[float]]:

@@ -43,21 +43,18 @@ class Comparison(NamedTuple):
     seeds: Spread
 
     @property
+    def half_width(self) -> float:
+        """Of the wider of the two intervals."""
+        return max(self.tasks.half_width, self.seeds.half_width or 0.0)
+
+    @property
     def verdict(self) -> str:
         """`better` or `worse` where the interval over tasks and that over seeds both leave out 0."""
-        return in_words(self.seeds, ("better", "worse"), self.tasks.half_width)
-
-
-def in_words(difference: Spread, words: tuple[str, str], half_width: float = 0.0) -> str:
-    """The first word or the second for a difference above or below 0, where its interval over seeds leaves 0 out.
-
-    - `half_width`: of another interval around it, which must leave 0 out too.
-    """
-    if difference.half_width is None:
-        return ONE_SEED
-    if abs(difference.mean) <= max(half_width, difference.half_width):
-        return NOISE
-    return words[difference.mean < 0]
+        if self.seeds.half_width is None:
+            return ONE_SEED
+        if abs(self.tasks.mean) <= self.half_width:
+            return NOISE
+        return "better" if self.tasks.mean > 0 else "worse"
 
 
 def over_seeds(values: Sequence[float]) -> Spread:
