@@ -321,6 +321,7 @@ def test_the_page_says_what_the_ledger_does(done: Path, tiny: Path) -> None:
     (row,) = (line for line in text.splitlines() if "| MAML (others) | 51.00 |" in line)
     assert ours in row
     assert f"| 2 | {50 * sum(means['maml']) - 51:.2f} ±" in row
+    assert "| 30 iterations of 2 tasks, 4 filters |" in row
     rows = [line for line in text.splitlines() if line.startswith("| Agnostic-SAM − MAML") and "3-way" not in line]
     (row,) = rows
     difference = sum(means["agnostic_sam"]) / 2 - sum(means["maml"]) / 2

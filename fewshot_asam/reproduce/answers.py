@@ -70,7 +70,7 @@ def render(looked: Looked) -> Iterable[str]:
         yield _answers("question", [(one, one.verdict) for one in questions])
     sections = [(plan, found) for plan, several in looked for found in several]
     if standing := [row for plan, found in sections for row in _standing(plan, found)]:
-        head = ["setting", "published", "%", "our MAML", "n", "ours − published"]
+        head = ["setting", "published", "%", "our training", "our MAML", "n", "ours − published"]
         yield f"## Where our MAML stands\n\n{table(head, standing)}"
     if shares := [row for _, found in sections for row in _shares(found)]:
         yield _told_apart(shares)
@@ -138,12 +138,13 @@ def _ratio(time: Spread) -> str:
 def _standing(plan: Plan, found: Found) -> Iterable[list[str]]:
     """The section's MAML beside every figure that is published for MAML."""
     section = found.section
-    for rule in (rule for rule, config in section.rules.items() if config.inner == "maml"):
+    for rule, config in ((rule, config) for rule, config in section.rules.items() if config.inner == "maml"):
+        training = f"{config.iterations:,} iterations of {config.meta_batch_size} tasks, {config.hidden} filters"
         ours = found.mean(rule, found.main)
         for label, value in section.published.items():
             if label == rule or label.startswith(f"{rule} ("):
                 whose = f"{rule} (the paper's row)" if label == rule else label
-                row = [f"{section.title} (`{plan.name}`)", whose, figure(value)]
+                row = [f"{section.title} (`{plan.name}`)", whose, figure(value), training]
                 if ours is None:
                     yield [*row, NOT_RUN, "0", NOTHING]
                 else:
