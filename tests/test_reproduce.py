@@ -392,6 +392,18 @@ def test_what_becomes_of_a_claim(tmp_path: Path, shift: float, published: float 
     assert answer(TINY, tmp_path, shift, published) == words
 
 
+def test_what_one_seed_would_have_shown(tmp_path: Path) -> None:
+    """Agnostic-SAM is better by 10 points in one seed and worse by as many in the other."""
+    file = tmp_path / "plan.yaml"
+    file.write_text(TINY)
+    read = read_plan(file)
+    found = {c.name: invented(c, {"agnostic_sam": 0.1 if c.config.seed else -0.1}) for c in cells([read])}
+    text = page.render(look_up([read], found))
+    assert "Of the 2 differences of two rules in one seed whose verdict over seeds is inside the noise, 2 leave" in text
+    found = {c.name: invented(c, {"agnostic_sam": 0.1}) for c in cells([read])}
+    assert "What would one seed have shown" not in page.render(look_up([read], found))
+
+
 def test_a_claim_without_runs_or_with_one_seed(tmp_path: Path) -> None:
     assert answer(TINY, tmp_path, 0.1, 2.5, seeds=1) == "one seed: no verdict"
     assert answer(TINY, tmp_path, 0.1, 2.5, seeds=0) == "not run"

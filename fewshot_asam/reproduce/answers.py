@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 from torch import Tensor
@@ -69,6 +70,7 @@ def render(looked: Looked) -> Iterable[str]:
         yield "## Open questions\n\nThe answer is about the first of the two rules.\n"
         yield _answers("question", [(one, one.verdict) for one in questions])
     sections = [(plan, found) for plan, several in looked for found in several]
+    yield from _one_seed(found for _, found in sections)
     if standing := [row for plan, found in sections for row in _standing(plan, found)]:
         head = ["setting", "published", "%", "our training", "our MAML", "n", "ours − published"]
         yield f"## Where our MAML stands\n\n{table(head, standing)}"
@@ -133,6 +135,25 @@ def _answers(kind: str, told: Iterable[tuple[Answer, str]]) -> str:
 
 def _ratio(time: Spread) -> str:
     return f"{time.mean:.2f}" + ("" if time.half_width is None else f" ± {time.half_width:.2f}")
+
+
+def _one_seed(sections: Iterable[Found]) -> Iterable[str]:
+    """How often one seed alone would have shown a difference that the others do not bear out."""
+    told: dict[frozenset[str], Comparison] = {}
+    for found in sections:
+        for first, second in combinations(found.section.rules, 2):
+            runs = frozenset(cell_name(found.section.rules[rule]) for rule in (first, second))
+            result = found.difference(first, second)
+            if result is not None and result.verdict == NOISE:
+                told[runs] = result
+    each = [one for result in told.values() for one in result.each.values()]
+    apart = sum(abs(one.mean) > one.half_width for one in each)
+    if each:
+        yield (
+            f"## What would one seed have shown?\n\nOf the {len(each)} differences of two rules in one seed whose "
+            f"verdict over seeds is {NOISE}, {apart} leave out 0 by their interval over tasks: {apart} findings that "
+            "other seeds do not bear out.\n"
+        )
 
 
 def _standing(plan: Plan, found: Found) -> Iterable[list[str]]:
