@@ -32,3 +32,11 @@ def test_command_lines_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_there_are_command_lines() -> None:
     assert len(COMMANDS) >= 4
+
+
+def test_the_reproduction_s_figures_are_those_of_its_page() -> None:
+    section = README.split("## Do the published claims hold?")[1].split("\n## ")[0]
+    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    figures = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section)
+    assert figures
+    assert [figure for figure in figures if f"| {figure} |" not in page] == []
