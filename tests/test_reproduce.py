@@ -63,6 +63,7 @@ questions:
   is MAML better: [MAML, Agnostic-SAM]
 sections:
   Folder 3-way 1-shot:
+    note: Mind this.
     published: {MAML: 50, MAML (others): 51, Agnostic-SAM: 52.5, somebody's: 60.5}
 """
 
@@ -316,6 +317,7 @@ def test_the_page_says_what_the_ledger_does(done: Path, tiny: Path) -> None:
     assert columns[5].startswith(f"{100 * sum(first) / 2:.2f} ±")
     assert columns[5] != columns[3]
     assert columns[-1] == "50.00"
+    assert "\n\nMind this.\n\n" in text
     assert "| somebody's | – | – | – | – | – | 60.50 |" in text
     ours = f"{100 * sum(means['maml']) / 2:.2f} ±"
     (row,) = (line for line in text.splitlines() if "| MAML (others) | 51.00 |" in line)
@@ -533,6 +535,7 @@ def test_one_run_of_several_sections_is_one_cell_with_all_tests(tmp_path: Path) 
         ("rules:\n", "rules:\n  x: 3\n", "rules: x is 3; expected names"),
         ("[Agnostic-SAM, MAML]", "[Agnostic-SAM, MALM]", "it is better: no section has both Agnostic-SAM and MALM"),
         ("[Agnostic-SAM, MAML]", "[MAML]", "it is better is ['MAML']; expected a list of two rules"),
+        ("note: Mind this.", "note: 3", "note is 3; expected text"),
         ("claims:", "claim:", "there is no setting 'claim'; did you mean claims"),
     ],
 )

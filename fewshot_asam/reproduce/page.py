@@ -67,6 +67,8 @@ def _section(plan: Plan, found: Found) -> Iterable[str]:
     section = found.section
     yield f"### {section.title}\n"
     yield f"{_setting(found)}\n"
+    if section.note:
+        yield f"{section.note}\n"
     yield _accuracies(found)
     if differences := _differences(found):
         yield f"Paired differences, in points:\n\n{differences}"

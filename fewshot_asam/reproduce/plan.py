@@ -18,8 +18,9 @@ PLAN = ("seeds", "defaults", "tests", "rules", "sections")
 """What a plan must say: seeds, settings of every cell, tests and rules by name, and the sections made of them."""
 ASKED = ("claims", "questions")
 """What a plan may ask of its sections: by text, two rules; a claim says that the first is the better one."""
-SECTION = ("settings", "rules", "tests", "seeds", "published")
-"""What a section may say: settings of its own, which rules and tests (all), other seeds, published accuracies in %."""
+SECTION = ("settings", "rules", "tests", "seeds", "published", "note")
+"""What a section may say: settings of its own, which rules and tests (all), other seeds, published accuracies in %, and
+what its readers must know."""
 ADAPTATION = ("inner", "inner_steps", "inner_lr")
 """Settings that a test may change, as `eval_maml` can."""
 ELSEWHERE = ("data_root", "output_dir", "device", "max_minutes", "seed")
@@ -66,6 +67,7 @@ class Section:
     - `tests`: by name, what each changes of the run's own adaptation (`ADAPTATION`), and `tasks`; the first is the one
       that rules are compared by.
     - `published`: by label, a rule's or any other, accuracies in %.
+    - `note`: for the page.
     """
 
     title: str
@@ -73,6 +75,7 @@ class Section:
     seeds: tuple[int, ...]
     tests: dict[str, dict[str, Any]]
     published: dict[str, float]
+    note: str = ""
 
     def cell(self, rule: str, seed: int) -> Cell:
         """The run of a rule with a seed, with this section's tests."""
@@ -186,7 +189,10 @@ def _section(plan: Mapping[str, Any], title: str, origin: str) -> Section:
     for label, value in published.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
             raise FewShotError(f"{origin}: published: {label} is {value!r}; expected an accuracy in %")
-    return Section(title, rules, seeds, chosen["tests"], published)
+    note = said.get("note", "")
+    if not isinstance(note, str):
+        raise FewShotError(f"{origin}: note is {note!r}; expected text")
+    return Section(title, rules, seeds, chosen["tests"], published, note)
 
 
 def _config(settings: dict[str, object], seed: int, origin: str) -> TrainConfig:
