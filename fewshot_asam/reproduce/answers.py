@@ -184,7 +184,7 @@ def _shares(found: Found) -> Iterable[list[str]]:
             (mine, adapted), (theirs,) = (
                 [found.accuracies(of, name, tasks) for name in several] for of, several in names.items()
             )
-            seeds = [seed for seed in found.paired(rule, baselines[0]) if seed in mine and seed in adapted]
+            seeds = [s for s in found.paired(rule, baselines[0]) if s in mine and s in adapted and s in theirs]
             pairs = ((adapted, theirs), (mine, adapted), (mine, theirs))
             told = [_of(seeds, first, second) for first, second in pairs]
             if all(told):
@@ -199,8 +199,7 @@ def _tests_with(found: Found, rule: str, inner: str) -> dict[tuple[int, float], 
 
 def _of(seeds: Sequence[int], first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> str:
     """A difference for some seeds, its intervals and a verdict."""
-    shared = [seed for seed in seeds if seed in second]
-    result = compare({seed: first[seed] for seed in shared}, {seed: second[seed] for seed in shared})
+    result = compare({seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds})
     if result is None:
         return ""
     width = result.seeds.half_width
