@@ -122,8 +122,8 @@ def _counted(claims: Iterable[Answer]) -> str:
 def _answers(kind: str, told: Iterable[tuple[Answer, str]]) -> str:
     rows = []
     for one, words in told:
-        result, where = one.result, f"{one.found.section.title} (`{one.plan.name}`)"
-        head = [one.asked, where, figure(one.published, "+")]
+        result = one.result
+        head = [one.asked, _where(one.plan, one.found), figure(one.published, "+")]
         if result is None:
             rows.append([*head, *[NOTHING] * 3, words, NOTHING])
         else:
@@ -131,6 +131,10 @@ def _answers(kind: str, told: Iterable[tuple[Answer, str]]) -> str:
             time = NOTHING if one.time is None else f"× {_ratio(one.time)}"
             rows.append([*head, percent(result.tasks), text(result.seeds), count, f"**{words}**", time])
     return table([kind, "setting", "published", "over tasks", "over seeds", "n", "answer", "time"], rows)
+
+
+def _where(plan: Plan, found: Found) -> str:
+    return f"{found.section.title} (`{plan.name}`)"
 
 
 def _ratio(time: Spread) -> str:
@@ -165,7 +169,7 @@ def _standing(plan: Plan, found: Found) -> Iterable[list[str]]:
         for label, value in section.published.items():
             if label == rule or label.startswith(f"{rule} ("):
                 whose = f"{rule} (the paper's row)" if label == rule else label
-                row = [f"{section.title} (`{plan.name}`)", whose, figure(value), training]
+                row = [_where(plan, found), whose, figure(value), training]
                 if ours is None:
                     yield [*row, NOT_RUN, "0", NOTHING]
                 else:
@@ -228,8 +232,7 @@ def _congruences(plan: Plan, found: Found) -> Iterable[list[str]]:
         if all(columns):
             tasks = found.section.rules[first].congruence_tasks
             cosines = [cosine(over_seeds(column)) for column in columns]
-            where = f"{found.section.title} (`{plan.name}`)"
-            yield [f"{first} − {second}", where, *cosines, str(tasks), str(len(columns[0]))]
+            yield [f"{first} − {second}", _where(plan, found), *cosines, str(tasks), str(len(columns[0]))]
 
 
 def _congruent(rows: Iterable[Sequence[str]]) -> str:
