@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import nullcontext
 from signal import Signals
@@ -149,8 +150,9 @@ def _how_to_go_on(trainer: Trainer) -> str:
 def _fit(trainer: Trainer, stop: Stop) -> None:
     done, total = trainer.progress.iteration, trainer.config.iterations
     first = distributed.is_first()
+    pause = 0.5 if sys.stderr.isatty() else 60  # a log file keeps every update
     bar = tqdm(
-        total=total, initial=done, unit="it", desc="training", dynamic_ncols=True, mininterval=0.5, disable=not first
+        total=total, initial=done, unit="it", desc="training", dynamic_ncols=True, mininterval=pause, disable=not first
     )
     with bar, runs.MetricsLog(trainer.folder, trainer.progress.rows) if first else nullcontext() as log:
         try:

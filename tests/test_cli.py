@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import make_images
+from fewshot_asam.cli import train_maml
 from fewshot_asam.runs import read_metrics
+from fewshot_asam.trainer import Trainer
 
 QUICK = [
     *("--dataset", "folder", "--image-size", "16", "--ways", "3", "--shots", "1", "--queries", "2", "--hidden", "4"),
@@ -83,6 +86,22 @@ def test_a_run_folder_holds_what_it_should(trained: dict[str, Path]) -> None:
     assert validations[summary["best_iteration"]] == summary["val_accuracy"]
     with Image.open(folder / "curves.png") as picture:
         assert min(picture.size) > 500
+
+
+def test_a_log_file_is_not_filled_with_the_progress_bar(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advance = Trainer.advance
+
+    def slow(trainer: Trainer) -> None:
+        time.sleep(0.2)
+        advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", slow)
+    assert train_maml.main([*QUICK, "--data-root", str(images), "--output-dir", str(tmp_path / "run")]) == 0
+    log = capsys.readouterr().err
+    assert "12/12" in log
+    assert log.count("training:") <= 3
 
 
 def test_evaluation_repeats_the_test_of_the_training_run(trained: dict[str, Path]) -> None:
