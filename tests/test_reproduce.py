@@ -55,7 +55,7 @@ tests:
   MAML: {tasks: 40, inner: maml, inner_steps: 3}
   plain: {tasks: 20, inner: maml}
 rules:
-  MAML: {inner: maml}
+  MAML: {inner: maml, rho: 0.05}
   Agnostic-SAM: {inner: agnostic_sam, rho: 0.05}
 claims:
   it is better: [Agnostic-SAM, MAML]
@@ -617,9 +617,17 @@ def test_the_small_plan_s_page_when_all_is_done(tmp_path: Path) -> None:
     assert verdicts["Agnostic-SAM 5e-2 − MAML"] == "better"
     assert verdicts["Agnostic-SAM 5e-4 − MAML"] == "inside the noise"
     with_maml = [section for section in small.sections if "MAML" in section.rules]
-    assert text.count("| MAML | 0.0005 | duplicate | 0.400 ± 0.000 | 0.500 ± 0.000 |") == len(with_maml)
-    claimed = sum(set(pair) <= set(section.rules) for section in small.sections for pair in small.claims.values())
-    assert text.count("| 0.000 ± 0.000 | 0.000 ± 0.000 | 20 |") == claimed
+    assert text.count("| MAML | 0.0005 | augmented copy | 0.400 ± 0.000 | 0.500 ± 0.000 |") == len(with_maml)
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.endswith("| 0.000 ± 0.000 | 20 | 3 |")]
+    assert rows.count("| Agnostic-SAM 5e-4 − MAML") == 3
+    assert rows.count("| Agnostic-SAM 5e-2, augmented − Agnostic-SAM 5e-2") == 1
+    for apart in (
+        "5e-2 − MAML",
+        "5e-4 − Sharp-MAML_low 1e-3",
+        "split − Agnostic-SAM 5e-2",
+        "ASAM − Sharp-MAML_low 5e-3",
+    ):
+        assert not any(row.endswith(apart) for row in rows), f"the cosines of {apart} are not taken alike"
     assert "not run" not in text
     (sweep,) = plots.sweep_names(small, sweeps(look_up([small], found)[0][1])).items()
     assert sweep[0] == "small-radii-1.png"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fewshot_asam.reproduce.found import Found, Looked
+from fewshot_asam.reproduce.found import Found, Looked, cosines_of, of_seeds
 from fewshot_asam.reproduce.markdown import NOTHING, block, cosine, figure, percent, table, text
 from fewshot_asam.reproduce.plan import Pairs, Plan, cell_name
 from fewshot_asam.reproduce.statistics import NOISE, Comparison, Spread, compare, over_seeds
@@ -60,14 +60,16 @@ def render(looked: Looked) -> Iterable[str]:
     claims = _finished_first(one for plan, sections in looked for one in answers(plan, sections, plan.claims))
     questions = _finished_first(one for plan, sections in looked for one in answers(plan, sections, plan.questions))
     if claims:
+        counted = _counted((one.plan, one.of_claim) for one in claims)
         yield (
             "## Which published claims hold?\n\nWhere the paper gives figures for a setting, a claim is confirmed or "
             "contradicted. Elsewhere a difference is in favour of it or against it: the same rules at another size.\n\n"
-            f"{_counted(claims)}\n"
+            f"{counted}\n"
         )
         yield _answers("claim", [(one, one.of_claim) for one in claims])
     if questions:
-        yield "## Open questions\n\nThe answer is about the first of the two rules.\n"
+        counted = _counted((one.plan, one.verdict) for one in questions)
+        yield f"## Open questions\n\nThe answer is about the first of the two rules.\n\n{counted}\n"
         yield _answers("question", [(one, one.verdict) for one in questions])
     sections = [(plan, found) for plan, several in looked for found in several]
     yield from _one_seed(found for _, found in sections)
@@ -107,11 +109,11 @@ def _finished_first(told: Iterable[Answer]) -> list[Answer]:
     return sorted(told, key=lambda one: one.result is None)
 
 
-def _counted(claims: Iterable[Answer]) -> str:
-    """How many claims came to what, by plan."""
+def _counted(told: Iterable[tuple[Plan, str]]) -> str:
+    """How many claims or questions came to what, by plan."""
     by_plan: dict[str, Counter[str]] = {}
-    for one in claims:
-        by_plan.setdefault(one.plan.path.name, Counter())[one.of_claim] += 1
+    for plan, words in told:
+        by_plan.setdefault(plan.path.name, Counter())[words] += 1
     lines = []
     for name, counts in by_plan.items():
         words = "; ".join(f"{count} {answer}" for answer, count in counts.most_common())
@@ -203,7 +205,7 @@ def _tests_with(found: Found, rule: str, inner: str) -> dict[tuple[int, float], 
 
 def _of(seeds: Sequence[int], first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> str:
     """A difference for some seeds, its intervals and a verdict."""
-    result = compare({seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds})
+    result = compare(of_seeds(seeds, first), of_seeds(seeds, second))
     if result is None:
         return ""
     width = result.seeds.half_width
@@ -222,15 +224,18 @@ def _told_apart(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _congruences(plan: Plan, found: Found) -> Iterable[list[str]]:
-    """Of the rules that claims are about."""
-    for first, second in dict.fromkeys(plan.claims.values()):
+    """Of the rules that claims and questions are about, where their congruence is taken alike."""
+    rules = found.section.rules
+    for first, second in dict.fromkeys([*plan.claims.values(), *plan.questions.values()]):
+        if not {first, second} <= rules.keys() or cosines_of(rules[first]) != cosines_of(rules[second]):
+            continue
         columns = []
         for name in ("congruence_before", "congruence_after"):
             one, other = found.congruence(first, name), found.congruence(second, name)
             seeds = [seed for seed in found.paired(first, second) if seed in one and seed in other]
             columns.append([one[seed] - other[seed] for seed in seeds])
         if all(columns):
-            tasks = found.section.rules[first].congruence_tasks
+            tasks = rules[first].congruence_tasks
             cosines = [cosine(over_seeds(column)) for column in columns]
             yield [f"{first} − {second}", _where(plan, found), *cosines, str(tasks), str(len(columns[0]))]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fewshot_asam.config import plain
+from fewshot_asam.config import TrainConfig, plain
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.ledger import Record
 from fewshot_asam.reproduce.plan import ELSEWHERE, Plan, Section, Test, resolved
@@ -54,7 +54,7 @@ class Found(NamedTuple):
     def difference(self, first: str, second: str) -> Comparison | None:
         """One rule minus another in the test that rules are compared by; None where they share no seed."""
         seeds = self.paired(first, second)
-        return compare(*(_of(seeds, self.accuracies(rule, self.main)) for rule in (first, second)))
+        return compare(*(of_seeds(seeds, self.accuracies(rule, self.main)) for rule in (first, second)))
 
     def time(self, first: str, second: str) -> Spread | None:
         """One rule's seconds an iteration over another's, for the seeds that both have from the same machine."""
@@ -109,8 +109,22 @@ def _on_cpu(record: Record) -> bool:
     return bool(record["device"] == "cpu")
 
 
-def _of(seeds: Sequence[int], accuracies: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def of_seeds(seeds: Sequence[int], accuracies: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The accuracies of these seeds alone, those that there are."""
     return {seed: accuracies[seed] for seed in seeds if seed in accuracies}
+
+
+class Cosines(NamedTuple):
+    """How a run's congruence is taken: only what is taken alike can be compared."""
+
+    radius: str
+    validation: str
+
+
+def cosines_of(config: TrainConfig) -> Cosines:
+    """The radius of `theta_v` and the validation set of a run's congruence."""
+    radius = f"{config.rule.radii[1]:g}" + (" (ASAM)" if config.adaptive else "")
+    return Cosines(radius, "held out" if config.validation == "split" else "augmented copy")
 
 
 Family = dict[float, Spread]

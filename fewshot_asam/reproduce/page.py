@@ -9,7 +9,7 @@ from pathlib import Path
 from fewshot_asam import runs
 from fewshot_asam.evaluate import interval
 from fewshot_asam.reproduce import answers, ledger, plots
-from fewshot_asam.reproduce.found import Found, Looked, look_up, machine, seconds, sweeps
+from fewshot_asam.reproduce.found import Found, Looked, cosines_of, look_up, machine, seconds, sweeps
 from fewshot_asam.reproduce.markdown import NOTHING, block, cosine, figure, percent, picture, table, text
 from fewshot_asam.reproduce.plan import Plan, adaptation_command, cells, command
 from fewshot_asam.reproduce.queue import FEWER
@@ -31,6 +31,9 @@ Rendered from `ledger.jsonl` by `reproduce_maml {plans} --render`; do not edit i
   With one seed there is no verdict. One in 20 verdicts on equal rules may be wrong: a lone one among many says little.
 - Rules are compared after the same number of iterations. Time is of an iteration, the first rule's over the second's,
   from runs that may have shared their machine: a rough figure, which `python -m benchmarks.rules` measures better.
+- Congruence is the cosine of `∇L_t(θ)` and `∇L_v(θ_v)`. Its validation set is an augmented copy of the support set also
+  for rules that have a duplicate, with which it would be near 1 whatever the weights. `θ_v` is at the rule's own
+  radius, so only rules of one radius and kind of validation set can be compared.
 """
 
 
@@ -140,17 +143,13 @@ def _congruence(found: Found) -> str:
     for rule in found.runs:
         columns = [found.congruence(rule, name).values() for name in ("congruence_before", "congruence_after")]
         if all(columns):
-            config = found.section.rules[rule]
+            taken = cosines_of(found.section.rules[rule])
             cosines = [cosine(over_seeds(list(column))) for column in columns]
-            rows.append([rule, f"{config.rule.radii[1]:g}", config.validation, *cosines, str(len(columns[0]))])
+            rows.append([rule, *taken, *cosines, str(len(columns[0]))])
     if not rows:
         return ""
-    return (
-        "Congruence of the gradients: the cosine of `∇L_t(θ)` and `∇L_v(θ_v)`, mean over tasks. The validation set is "
-        "an augmented copy of the support set where the rule itself has a duplicate, with which the cosine would be "
-        "near 1 whatever the weights. `θ_v` is at the rule's own radius, so only rows of one radius and validation set "
-        f"can be compared:\n\n{table(['rule', 'radius', 'validation', 'before the inner step', 'after it', 'n'], rows)}"
-    )
+    head = ["rule", "radius", "validation", "before the inner step", "after it", "n"]
+    return f"Congruence of the gradients, mean over tasks:\n\n{table(head, rows)}"
 
 
 def _costs(found: Found) -> str:
