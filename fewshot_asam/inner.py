@@ -146,22 +146,6 @@ def perturbed(
     return difference(params, train_grad, val_grad, measured), memory
 
 
-def adapt(
-    rule: Rule,
-    params: Params,
-    train_loss: Loss,
-    val_loss: Loss | None,
-    lr: float,
-    steps: int,
-    gradient: Gradient,
-) -> Params:
-    """`steps` lower-level steps from `params`, the momentum starting afresh."""
-    memory: Params = {}
-    for _ in range(steps):
-        params, memory = step(rule, params, memory, train_loss, val_loss, lr, gradient)
-    return params
-
-
 def _graph(wanted: bool) -> torch.set_grad_enabled:
     """Records a graph only where it is wanted and was recorded outside."""
     return torch.set_grad_enabled(wanted and torch.is_grad_enabled())

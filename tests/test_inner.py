@@ -31,9 +31,11 @@ def unit(vector: Tensor) -> Tensor:
 def take(
     rule: Rule, steps: int = 1, split: bool = True, gradient: inner.Gradient = inner.functional_gradient
 ) -> Tensor:
-    params: Params = {"w": THETA.clone().requires_grad_()}
+    params, memory = {"w": THETA.clone().requires_grad_()}, {}
     val_loss = quadratic(B) if split else None
-    return inner.adapt(rule, params, quadratic(A), val_loss, LR, steps, gradient)["w"]
+    for _ in range(steps):
+        params, memory = inner.step(rule, params, memory, quadratic(A), val_loss, LR, gradient)
+    return params["w"]
 
 
 @pytest.mark.parametrize("gradient", [inner.functional_gradient, inner.autograd_gradient])
@@ -92,9 +94,12 @@ def test_number_of_gradient_evaluations(name: str, evaluations: int) -> None:
 def test_a_constant_perturbation_passes_no_gradient() -> None:
     """Then `theta' = theta - alpha * A (theta + e)` has the Jacobian `1 - alpha * A`, whatever `e` is."""
     rule = Rule("agnostic_sam", rho=0.3, through_perturbation=False)
-    jacobian = torch.func.jacrev(
-        lambda w: inner.adapt(rule, {"w": w}, quadratic(A), quadratic(B), LR, 1, inner.functional_gradient)["w"]
-    )(THETA)
+
+    def taken(w: Tensor) -> Tensor:
+        params, _ = inner.step(rule, {"w": w}, {}, quadratic(A), quadratic(B), LR, inner.functional_gradient)
+        return params["w"]
+
+    jacobian = torch.func.jacrev(taken)(THETA)
     torch.testing.assert_close(jacobian, torch.eye(3, dtype=torch.float64) - LR * A)
 
 
