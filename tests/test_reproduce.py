@@ -28,8 +28,9 @@ from fewshot_asam.config import TrainConfig
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import Interval, interval
 from fewshot_asam.reproduce import ledger, page, plan, plots, queue, statistics
-from fewshot_asam.reproduce.found import look_up, sweeps
+from fewshot_asam.reproduce.found import look_up
 from fewshot_asam.reproduce.plan import cells, read_plan
+from fewshot_asam.reproduce.sweeps import sweeps
 from fewshot_asam.runs import read_summary
 
 ROOT = Path(__file__).parents[1]
@@ -402,8 +403,11 @@ def test_what_one_seed_would_have_shown(tmp_path: Path) -> None:
     found = {c.name: invented(c, {"agnostic_sam": 0.1 if c.config.seed else -0.1}) for c in cells([read])}
     text = page.render(look_up([read], found))
     assert "Of the 2 differences of two rules in one seed whose verdict over seeds is inside the noise, 2 leave" in text
+    assert "Of the 2 comparisons above that have a verdict, 0 are better or worse." in text
     found = {c.name: invented(c, {"agnostic_sam": 0.1}) for c in cells([read])}
-    assert "What would one seed have shown" not in page.render(look_up([read], found))
+    rendered = page.render(look_up([read], found))
+    assert "in one seed whose verdict" not in rendered
+    assert "Of the 2 comparisons above that have a verdict, 2 are better or worse." in rendered
 
 
 def test_a_claim_without_runs_or_with_one_seed(tmp_path: Path) -> None:
@@ -636,6 +640,12 @@ def test_the_small_plan_s_page_when_all_is_done(tmp_path: Path) -> None:
     assert radii["agnostic_sam, augment"] == [5e-2]
     assert radii["sharp_maml_low"] == [5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 0.1]
     assert radii["maml"] == [0.0]
+    over = {name: {r: point.over_maml for r, point in family.items()} for name, family in sweep[1].items()}
+    assert over["maml"] == {0.0: None}
+    assert over["agnostic_sam"][5e-2].seeds == 6
+    assert over["agnostic_sam"][5e-2].mean == pytest.approx(0.1, abs=0.005)
+    assert over["agnostic_sam, augment"][5e-2].mean == pytest.approx(0.1, abs=0.005)
+    assert over["agnostic_sam"][5e-4].mean == pytest.approx(0.0, abs=0.005)
     pictures = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
     assert pictures == {path.name for path in tmp_path.glob("*.png")}
     assert len(pictures) == len(small.sections) + 1

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fewshot_asam.evaluate import Interval
 from fewshot_asam.reproduce.found import Found, Looked, cosines_of, of_seeds
 from fewshot_asam.reproduce.markdown import NOTHING, block, cosine, figure, percent, table, text
 from fewshot_asam.reproduce.plan import Pairs, Plan, cell_name
@@ -72,7 +73,7 @@ def render(looked: Looked) -> Iterable[str]:
         yield f"## Open questions\n\nThe answer is about the first of the two rules.\n\n{counted}\n"
         yield _answers("question", [(one, one.verdict) for one in questions])
     sections = [(plan, found) for plan, several in looked for found in several]
-    yield from _one_seed(found for _, found in sections)
+    yield from _chance([*claims, *questions], (found for _, found in sections))
     if standing := [row for plan, found in sections for row in _standing(plan, found)]:
         head = ["setting", "published", "%", "our training", "our MAML", "n", "ours − published"]
         yield f"## Where our MAML stands\n\n{table(head, standing)}"
@@ -143,8 +144,30 @@ def _ratio(time: Spread) -> str:
     return f"{time.mean:.2f}" + ("" if time.half_width is None else f" ± {time.half_width:.2f}")
 
 
-def _one_seed(sections: Iterable[Found]) -> Iterable[str]:
-    """How often one seed alone would have shown a difference that the others do not bear out."""
+def _chance(asked: Sequence[Answer], sections: Iterable[Found]) -> Iterable[str]:
+    """How many verdicts equal rules would get, and what one seed alone would have shown."""
+    told = [one.verdict for one in asked if one.verdict in ("better", "worse", NOISE)]
+    parts = []
+    if told:
+        decided = len(told) - told.count(NOISE)
+        parts.append(
+            f"Of the {len(told)} comparisons above that have a verdict, {decided} are better or worse. Were all rules "
+            f"equal, about {len(told) / 20:.1f} would be by chance, and several together where they share runs.\n"
+        )
+    each = _inside_the_noise(sections)
+    if each:
+        apart = sum(abs(one.mean) > one.half_width for one in each)
+        parts.append(
+            f"Of the {len(each)} differences of two rules in one seed whose verdict over seeds is {NOISE}, {apart} "
+            f"leave out 0 by their interval over tasks: {apart} findings that other seeds do not bear out.\n"
+        )
+    if parts:
+        yield "## How much of this is chance?\n"
+        yield from parts
+
+
+def _inside_the_noise(sections: Iterable[Found]) -> list[Interval]:
+    """Each seed's difference of two rules that cannot be told apart over seeds, the same runs but once."""
     told: dict[frozenset[str], Comparison] = {}
     for found in sections:
         for first, second in combinations(found.section.rules, 2):
@@ -152,14 +175,7 @@ def _one_seed(sections: Iterable[Found]) -> Iterable[str]:
             result = found.difference(first, second)
             if result is not None and result.verdict == NOISE:
                 told[runs] = result
-    each = [one for result in told.values() for one in result.each.values()]
-    apart = sum(abs(one.mean) > one.half_width for one in each)
-    if each:
-        yield (
-            f"## What would one seed have shown?\n\nOf the {len(each)} differences of two rules in one seed whose "
-            f"verdict over seeds is {NOISE}, {apart} leave out 0 by their interval over tasks: {apart} findings that "
-            "other seeds do not bear out.\n"
-        )
+    return [one for result in told.values() for one in result.each.values()]
 
 
 def _standing(plan: Plan, found: Found) -> Iterable[list[str]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fewshot_asam.config import TrainConfig, plain
+from fewshot_asam.config import TrainConfig
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.ledger import Record
-from fewshot_asam.reproduce.plan import ELSEWHERE, Plan, Section, Test, resolved
+from fewshot_asam.reproduce.plan import Plan, Section, Test, resolved
 from fewshot_asam.reproduce.statistics import Comparison, Spread, compare, over_seeds
 
 Runs = dict[int, Record]
@@ -48,13 +47,11 @@ class Found(NamedTuple):
 
     def paired(self, first: str, second: str) -> list[int]:
         """The seeds that two rules have on the same kind of device, whose generators draw the same tasks."""
-        one, other = (self.runs.get(rule, {}) for rule in (first, second))
-        return [seed for seed in one if seed in other and _on_cpu(one[seed]) == _on_cpu(other[seed])]
+        return _paired(self.runs.get(first, {}), self.runs.get(second, {}))
 
     def difference(self, first: str, second: str) -> Comparison | None:
         """One rule minus another in the test that rules are compared by; None where they share no seed."""
-        seeds = self.paired(first, second)
-        return compare(*(of_seeds(seeds, self.accuracies(rule, self.main)) for rule in (first, second)))
+        return difference((self, first), (self, second))
 
     def time(self, first: str, second: str) -> Spread | None:
         """One rule's seconds an iteration over another's, for the seeds that both have from the same machine."""
@@ -67,6 +64,19 @@ class Found(NamedTuple):
         runs = {seed: run for seed, run in self.runs.get(rule, {}).items() if name in run["validation"]}
         at = {seed: run["validation"]["iteration"].index(run["best_iteration"]) for seed, run in runs.items()}
         return {seed: run["validation"][name][at[seed]] for seed, run in runs.items()}
+
+
+Ruled = tuple[Found, str]
+"""A section and one of its rules."""
+
+
+def difference(first: Ruled, second: Ruled) -> Comparison | None:
+    """`Found.difference` of rules that may stand in different sections, whose main tests must be the same."""
+    (one, ours), (other, theirs) = first, second
+    seeds = _paired(one.runs.get(ours, {}), other.runs.get(theirs, {}))
+    return compare(
+        of_seeds(seeds, one.accuracies(ours, one.main)), of_seeds(seeds, other.accuracies(theirs, other.main))
+    )
 
 
 Looked = Sequence[tuple[Plan, Sequence[Found]]]
@@ -105,6 +115,10 @@ def machine(record: Record) -> str:
     return f"{device}{threads}, {record['engine']}, torch {record['versions']['torch']}"
 
 
+def _paired(one: Runs, other: Runs) -> list[int]:
+    return [seed for seed in one if seed in other and _on_cpu(one[seed]) == _on_cpu(other[seed])]
+
+
 def _on_cpu(record: Record) -> bool:
     return bool(record["device"] == "cpu")
 
@@ -125,32 +139,3 @@ def cosines_of(config: TrainConfig) -> Cosines:
     """The radius of `theta_v` and the validation set of a run's congruence."""
     radius = f"{config.rule.radii[1]:g}" + (" (ASAM)" if config.adaptive else "")
     return Cosines(radius, "held out" if config.validation == "split" else "augmented copy")
-
-
-Family = dict[float, Spread]
-"""Accuracies over seeds by radius."""
-
-
-def sweeps(sections: Sequence[Found]) -> list[dict[str, Family]]:
-    """Radius sweeps: runs that differ in rule, radius and validation set alone, by rule and validation set.
-
-    A sweep has three radii of one rule at least. MAML, which has none, stands at radius 0. Of a run that stands in
-    several sections the one with most seeds counts.
-    """
-    groups: dict[str, dict[str, Family]] = {}
-    for found in sections:
-        for rule, config in found.section.rules.items():
-            settings = {name: value for name, value in plain(config).items() if name not in ELSEWHERE}
-            name = settings["inner"] + _suffix(settings["validation"])
-            radius = 0.0 if settings["inner"] == "maml" else settings["rho"]
-            alike = {k: v for k, v in settings.items() if k not in ("inner", "rho", "validation")}
-            test = found.test(rule, found.main)
-            family = groups.setdefault(json.dumps([alike, test[1:]]), {}).setdefault(name, {})
-            mean = found.mean(rule, found.main)
-            if mean is not None and (radius not in family or family[radius].seeds < mean.seeds):
-                family[radius] = mean
-    return [group for group in groups.values() if max(len(family) for family in group.values()) >= 3]
-
-
-def _suffix(validation: str) -> str:
-    return "" if validation == "duplicate" else f", {validation}"

@@ -9,11 +9,12 @@ from pathlib import Path
 from fewshot_asam import runs
 from fewshot_asam.evaluate import interval
 from fewshot_asam.reproduce import answers, ledger, plots
-from fewshot_asam.reproduce.found import Found, Looked, cosines_of, look_up, machine, seconds, sweeps
+from fewshot_asam.reproduce.found import Found, Looked, cosines_of, look_up, machine, seconds
 from fewshot_asam.reproduce.markdown import NOTHING, block, cosine, figure, percent, picture, table, text
 from fewshot_asam.reproduce.plan import Plan, adaptation_command, cells, command
 from fewshot_asam.reproduce.queue import FEWER
 from fewshot_asam.reproduce.statistics import over_seeds
+from fewshot_asam.reproduce.sweeps import sweeps
 
 INTRODUCTION = """# Do the published claims hold?
 
@@ -28,7 +29,7 @@ Rendered from `ledger.jsonl` by `reproduce_maml {plans} --render`; do not edit i
 - Differences are paired: task by task, for one seed, then averaged. A rule is called **better** or **worse** where the
   interval over tasks (of the differences averaged over seeds) and the interval over seeds both leave out 0, and
   **inside the noise** otherwise. That does not say that the rules are equal: the interval says what it leaves room for.
-  With one seed there is no verdict. One in 20 verdicts on equal rules may be wrong: a lone one among many says little.
+  With one seed there is no verdict.
 - Rules are compared after the same number of iterations. Time is of an iteration, the first rule's over the second's,
   from runs that may have shared their machine: a rough figure, which `python -m benchmarks.rules` measures better.
 - Congruence is the cosine of `∇L_t(θ)` and `∇L_v(θ_v)`. Its validation set is an augmented copy of the support set also

@@ -10,8 +10,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fewshot_asam.checkpoint import write_atomically
-from fewshot_asam.reproduce.found import Family, Found, Looked, Runs, sweeps
+from fewshot_asam.reproduce.found import Found, Looked, Runs
 from fewshot_asam.reproduce.plan import Plan, Section
+from fewshot_asam.reproduce.statistics import Spread
+from fewshot_asam.reproduce.sweeps import Family, sweeps
 
 
 def draw(looked: Looked, folder: Path) -> None:
@@ -61,31 +63,46 @@ def _curves(found: Found) -> Figure:
 
 
 def _radii(group: dict[str, Family]) -> Figure:
-    """Points side by side where radii are equal; hollow and without an interval where there is one seed."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    panel = figure.subplots()
+    """Accuracy, and the paired difference to MAML; points of equal radius side by side."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    accuracy, over_maml = figure.subplots(1, 2)
     for number, (name, family) in enumerate(sorted(group.items())):
-        color = f"C{number}"
+        style = {"color": f"C{number}", "label": f"{name} ({_seeds(family)})"}
         if 0.0 in family:
-            mean, width = 100 * family[0.0].mean, 100 * (family[0.0].half_width or 0.0)
-            panel.axhline(mean, color=color, linestyle="--", label=f"{name} ({_seeds(family)})")
-            panel.axhspan(mean - width, mean + width, color=color, alpha=0.12)
-        points = {radius * 1.06**number: found for radius, found in sorted(family.items()) if radius > 0}
-        panel.plot(list(points), [100 * p.mean for p in points.values()], color=color, alpha=0.4)
-        for x, point in points.items():
-            fill = "none" if point.half_width is None else color
-            panel.plot(x, 100 * point.mean, "o", color=color, markerfacecolor=fill)
-            panel.errorbar(x, 100 * point.mean, 100 * (point.half_width or 0.0), color=color, capsize=3)
-        if points:
-            panel.plot([], [], "o-", color=color, label=f"{name} ({_seeds(family)})")
-    panel.set(xscale="log", xlabel="rho", ylabel="test accuracy, %", title="mean over seeds, 95 % t-interval")
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False)
+            _level(accuracy, family[0.0].accuracy, style)
+        points = {radius * 1.06**number: point for radius, point in sorted(family.items()) if radius > 0}
+        _points(accuracy, {x: point.accuracy for x, point in points.items()}, style)
+        _points(over_maml, {x: point.over_maml for x, point in points.items() if point.over_maml}, style)
+    over_maml.axhline(0, color="black", linewidth=0.8)
+    accuracy.set(xscale="log", xlabel="rho", ylabel="test accuracy, %")
+    over_maml.set(xscale="log", xlabel="rho", ylabel="minus MAML of the same seeds, points")
+    for panel in (accuracy, over_maml):
+        panel.grid(alpha=0.3)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=len(group), frameon=False)
+    figure.suptitle("Mean over seeds, 95 % t-interval")
     return figure
 
 
+def _level(panel: Any, mean: Spread, style: dict[str, str]) -> None:
+    value, width = 100 * mean.mean, 100 * (mean.half_width or 0.0)
+    panel.axhline(value, linestyle="--", **style)
+    panel.axhspan(value - width, value + width, color=style["color"], alpha=0.12)
+
+
+def _points(panel: Any, points: dict[float, Spread], style: dict[str, str]) -> None:
+    """Hollow and without an interval where there is one seed."""
+    color = style["color"]
+    panel.plot(list(points), [100 * point.mean for point in points.values()], color=color, alpha=0.4)
+    for x, point in points.items():
+        fill = "none" if point.half_width is None else color
+        panel.plot(x, 100 * point.mean, "o", color=color, markerfacecolor=fill)
+        panel.errorbar(x, 100 * point.mean, 100 * (point.half_width or 0.0), color=color, capsize=3)
+    if points:
+        panel.plot([], [], "o-", **style)
+
+
 def _seeds(family: Family) -> str:
-    counts = sorted({point.seeds for point in family.values()})
+    counts = sorted({point.accuracy.seeds for point in family.values()})
     return "n = " + " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
 
 
