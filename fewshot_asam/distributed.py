@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ from fewshot_asam.errors import FewShotError
 
 Result = TypeVar("Result")
 _joined = False
+LAST_WORDS = 0.1
+"""Seconds for gloo's threads to let go of Python objects. Up to 2.7, PyTorch waits for these threads while it holds the
+lock that they need for that (https://github.com/pytorch/pytorch/pull/154976)."""
 
 
 class PeerLost(FewShotError):
@@ -45,6 +49,7 @@ def joined() -> Iterator[None]:
     _joined = True
     yield
     _joined = False
+    time.sleep(LAST_WORDS)
     dist.destroy_process_group()  # not where something failed: the others may never answer
 
 

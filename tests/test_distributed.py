@@ -42,7 +42,7 @@ def results(tmp_path: Path, count: int, work: Any, *arguments: Any) -> list[Any]
     """What `work` returns in each of `count` processes of one job, in float64."""
     out = tmp_path / f"{count}"
     ended(faults.start_job(out, count, joined, work, out, *arguments))
-    return [torch.load(out / f"{rank}.pt") for rank in range(count)]
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
 
 def ended(job: list[BaseProcess], statuses: set[int] | None = None) -> None:
@@ -135,7 +135,7 @@ def unjoined(out: Path) -> int:
 def test_another_program_of_several_processes_is_left_alone(tmp_path: Path) -> None:
     """One of its processes may evaluate by itself; it would wait for the others for ever if the tasks were shared."""
     ended(faults.start_job(tmp_path, 2, unjoined, tmp_path))
-    assert torch.load(tmp_path / "0.pt") == [1, 0, 7.0, TASKS_AT_ONCE + 1]
+    assert torch.load(tmp_path / "0.pt", weights_only=True) == [1, 0, 7.0, TASKS_AT_ONCE + 1]
 
 
 def failing() -> str:

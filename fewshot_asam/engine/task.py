@@ -99,7 +99,12 @@ class SupportLoss:
     y: Tensor
 
     def __call__(self, params: Params) -> Tensor:
-        return F.cross_entropy(predict(self.model, {**self.shared, **params}, self.x), self.y)
+        return support_loss(self.model, self.shared, self.x, self.y, params)
+
+
+def support_loss(model: nn.Module, shared: Params, x: Tensor, y: Tensor, params: Params) -> Tensor:
+    """What a `SupportLoss` computes."""
+    return F.cross_entropy(predict(model, {**shared, **params}, x), y)
 
 
 def step(

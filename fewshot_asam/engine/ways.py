@@ -90,7 +90,8 @@ def _support_gradient(lower: LowerLevel, way: Way) -> inner.Gradient:
     """
 
     def gradient(params: Params, shared: Params, x: Tensor, y: Tensor) -> Params:
-        return inner.functional_gradient(task.SupportLoss(lower.model, shared, x, y), params)
+        # not a SupportLoss: PyTorch 2.7 cannot compile code that makes a frozen dataclass
+        return inner.functional_gradient(lambda at: task.support_loss(lower.model, shared, x, y, at), params)
 
     function: Callable[..., Params] = gradient
     if way.tasks == "vmap":
