@@ -84,7 +84,7 @@ def batch(lower: LowerLevel, episodes: Episodes, generator: torch.Generator | No
 
 def initial_state(lower: LowerLevel) -> State:
     """The meta-parameters, and a momentum of zero where the rule has one."""
-    named = dict(lower.model.module.named_parameters())
+    named = lower.model.parameters()
     params: Params = {name: named[name] for name in lower.adapted}
     has_momentum = lower.rule.name == "agnostic_sam" and lower.rule.beta > 0
     return params, {name: torch.zeros_like(value) for name, value in params.items()} if has_momentum else {}
@@ -92,7 +92,7 @@ def initial_state(lower: LowerLevel) -> State:
 
 def shared_parameters(lower: LowerLevel) -> Params:
     """The trainable parameters that the inner loop leaves alone."""
-    named = lower.model.module.named_parameters()
+    named = lower.model.parameters().items()
     return {name: value for name, value in named if value.requires_grad and name not in lower.adapted}
 
 
