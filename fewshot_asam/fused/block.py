@@ -19,8 +19,9 @@ from torch.autograd import Function
 
 from fewshot_asam.fused import first
 from fewshot_asam.fused.build import library
-from fewshot_asam.fused.compiled import KINDS, call, channels_last, pooled
+from fewshot_asam.fused.compiled import call, channels_last, doubles, pooled
 from fewshot_asam.fused.plain import gradient_of_gradient, plain_tail
+from fewshot_asam.fused.signatures import KINDS
 
 _enabled = ContextVar("fused blocks", default=True)
 
@@ -125,7 +126,7 @@ class _Tail(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         best, out, place = pooled(y), pooled(y), pooled(y, torch.uint8)
-        statistics = torch.empty(2, len(gamma), dtype=torch.float64)
+        statistics = doubles(y, 2, len(gamma))
         call("tail_forward", y, eps, y, gamma.contiguous(), beta.contiguous(), best, out, place, *statistics)
         ctx.save_for_backward(y, gamma, beta, best, place, statistics)
         ctx.eps = eps
