@@ -85,7 +85,7 @@ void normalise(const Shape &s, double eps, const Sums &sums, const real *pivot, 
             EACH_CHANNEL {
                 const real v = best[c] * scale[c] + shift[c];
                 result[c] = v < 0 ? 0 : v;
-                place[c] = v > 0 ? place[c] : INACTIVE;
+                place[c] = v <= 0 ? INACTIVE : place[c];  // not a number is active, as in PyTorch
             }
         });
     });

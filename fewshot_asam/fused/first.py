@@ -79,7 +79,9 @@ class _First(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return *_FirstBackward.apply(channels_last(g), *ctx.saved_tensors, ctx.eps), None, None, None
+        *given, best, place, statistics = ctx.saved_tensors
+        g, best, place = map(channels_last, (g, best, place))
+        return *_FirstBackward.apply(g, *given, best, place, statistics, ctx.eps), None, None, None
 
 
 class _FirstBackward(Function):
@@ -103,9 +105,10 @@ class _FirstBackward(Function):
     def backward(ctx: Any, hfilters: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
         g, filters, gamma, beta, x, padded, moments, best, place, statistics, gathered, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            block = partial(_plain_block, x, eps=ctx.eps)
+            block = partial(_plain_block, x, eps=ctx.eps, place=place)
             found = gradient_of_gradient(block, (hfilters, hgamma, hbeta), g, filters, gamma, beta)
         else:
+            g, best, place = map(channels_last, (g, best, place))
             gg, ggamma, gfilters = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(filters)
             given = (hfilters.contiguous(), hgamma.contiguous(), hbeta.contiguous(), padded, filters, moments, place)
             more = (best, gamma.contiguous(), *statistics, gathered, sums, gg, ggamma, gfilters)
@@ -114,5 +117,5 @@ class _FirstBackward(Function):
         return *found, *[None] * 7
 
 
-def _plain_block(x: Tensor, filters: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    return plain_tail(F.conv2d(x, filters.permute(3, 2, 0, 1), padding=1), gamma, beta, eps)
+def _plain_block(x: Tensor, filters: Tensor, gamma: Tensor, beta: Tensor, eps: float, place: Tensor) -> Tensor:
+    return plain_tail(F.conv2d(x, filters.permute(3, 2, 0, 1), padding=1), gamma, beta, eps, place)
