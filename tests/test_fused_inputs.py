@@ -348,3 +348,19 @@ def test_a_norm_of_another_size_is_refused() -> None:
     block.norm.bias = torch.nn.Parameter(torch.zeros(40))
     with pytest.raises(FewShotError, match="expected"):
         block(torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("channels", "at"), [(3, (0, slice(None), 10, 10)), (4, (0, slice(None), 0, 0))])
+def test_single_precision_survives_an_outlier_where_the_sums_begin(channels: int, at: tuple[Any, ...]) -> None:
+    block, x = make_block(channels, 32).float(), make_images(25, channels, 20, 20).float()
+    x[at] = 1e5
+    exact = make_block(channels, 32)
+
+    def found(block: ConvBlock, x: Tensor) -> list[Tensor]:
+        out = block(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [block.norm.weight, block.norm.bias])]
+
+    with fused.disabled():
+        expected = found(exact, x.double())
+    for mine, true in zip(found(block, x), expected, strict=True):
+        assert (mine - true).abs().max() < 1e-5 * true.abs().max()
