@@ -1,15 +1,8 @@
-"""Odd images, values and surroundings: the fused block does what the plain one does, or says why not."""
+"""Odd images and values, and tensors that do not fit: the fused block does what the plain one does, or says why not."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,53 +10,11 @@ import torch
 from torch import Tensor
 
 from fewshot_asam import FewShotError, fused
-from fewshot_asam.fused import build, compiled, first
+from fewshot_asam.fused import build, compiled
 from fewshot_asam.models import EPS, ConvBlock
+from fused_blocks import FILTERS, agree, make_block, make_images
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler")
-
-FILTERS = [5, 16]
-"""Of a first block with its convolution apart, and of one in one piece."""
-
-
-def make_block(channels: int, filters: int) -> ConvBlock:
-    torch.manual_seed(0)
-    block = ConvBlock(channels, filters).double()
-    with torch.no_grad():
-        block.norm.weight.copy_(torch.linspace(-1, 2, filters))
-        block.norm.bias.normal_()
-    return block
-
-
-def make_images(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def derivatives(block: ConvBlock, x: Tensor, last_graph: bool = False) -> list[Tensor]:
-    """The output and both orders of gradients, each of a random projection of all that it follows."""
-    generator = torch.Generator().manual_seed(2)
-    values = [*([x] if x.requires_grad else []), *block.parameters()]
-    found: list[Tensor] = [block(x)]
-    latest = found
-    for order in (1, 2):
-        projection = sum((v * torch.randn(v.shape, generator=generator, dtype=v.dtype)).sum() for v in latest)
-        latest = list(
-            torch.autograd.grad(
-                projection, values, create_graph=order < 2 or last_graph, allow_unused=True, materialize_grads=True
-            )
-        )
-        found += latest
-    return found
-
-
-def agree(block: ConvBlock, x: Tensor, last_graph: bool = False) -> None:
-    assert fused.applies(x, *block.parameters())
-    ours = derivatives(block, x, last_graph)
-    with fused.disabled():
-        theirs = derivatives(block, x, last_graph)
-    for mine, expected in zip(ours, theirs, strict=True):
-        scale = expected.nan_to_num(0, 0, 0).abs().max().item()
-        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-9 * (1e-3 + scale), equal_nan=True)
 
 
 FORMATS: dict[str, Callable[[int], Tensor]] = {
@@ -146,160 +97,20 @@ def test_the_gradient_of_a_sum_has_no_strides(filters: int) -> None:
         torch.testing.assert_close(ours, found())
 
 
-@pytest.mark.parametrize("filters", FILTERS)
-def test_saved_tensors_may_come_back_in_another_format(filters: int) -> None:
-    block, x = make_block(3, filters), make_images(2, 3, 7, 6)
-    expected = derivatives(block, x)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda value: value.detach().clone(memory_format=torch.contiguous_format), lambda value: value
-    ):
-        torch.testing.assert_close(block(x).square().sum(), expected[0].square().sum())
-        loss = block(x).square().sum()
-    grads = torch.autograd.grad(loss, list(block.parameters()))
-    torch.testing.assert_close(grads, torch.autograd.grad(block(x).square().sum(), list(block.parameters())))
+@pytest.mark.parametrize(("channels", "at"), [(3, (0, slice(None), 10, 10)), (4, (0, slice(None), 0, 0))])
+def test_single_precision_survives_an_outlier_where_the_sums_begin(channels: int, at: tuple[Any, ...]) -> None:
+    block, x = make_block(channels, 32).float(), make_images(25, channels, 20, 20).float()
+    x[at] = 1e5
+    exact = make_block(channels, 32)
 
+    def found(block: ConvBlock, x: Tensor) -> list[Tensor]:
+        out = block(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [block.norm.weight, block.norm.bias])]
 
-def shift_data(x: Tensor) -> None:
-    x.data.add_(1)
-
-
-def shift_array(x: Tensor) -> None:
-    x.numpy()[0] += 1
-
-
-def shift_view(x: Tensor) -> None:
-    x.data.view(-1)[3] = 5
-
-
-def shift_in_inference(x: Tensor) -> None:
-    with torch.inference_mode():
-        x.add_(1)
-
-
-def other_data(x: Tensor) -> None:
-    x.data = x.data + 1
-
-
-def other_size(x: Tensor) -> None:
-    x.data = x.data[:1, :, 1:].clone()
-
-
-@pytest.mark.parametrize(
-    "change", [shift_data, shift_array, shift_view, shift_in_inference, other_data, other_size, Tensor.neg_]
-)
-def test_images_that_changed_are_looked_at_again(change: Callable[[Tensor], object]) -> None:
-    block, x = make_block(3, 16), make_images(2, 3, 6, 6)
-    block(x)
-    change(x)
-    agree(block, x)
-
-
-def test_images_seen_without_gradients_first_can_be_trained_on() -> None:
-    block, x = make_block(3, 16), make_images(2, 3, 6, 6)
-    with torch.inference_mode():
-        block(x)
-    agree(block, x)
-
-
-def test_images_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, x, prepared = make_block(3, 16), make_images(2, 3, 6, 6), []
-    genuine = first._prepared
-    monkeypatch.setattr(first, "_prepared", lambda images: prepared.append(1) or genuine(images))
-    derivatives(block, x)
-    block(x)
-    assert len(prepared) == 1
-
-
-def test_many_threads_at_once() -> None:
-    """Of Python, on shared images that some of them see for the first time, and of OpenMP."""
-    block, threads = make_block(3, 16), torch.get_num_threads()
-    images = [make_images(2, 3, 9, 6) + shift for shift in range(4)]
-    expected = [derivatives(block, x) for x in images]
-    torch.set_num_threads(16)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            for found, true in zip(pool.map(partial(derivatives, block), images * 8), expected * 8, strict=True):
-                torch.testing.assert_close(found, true)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_a_forked_process_can_go_on() -> None:
-    block, x = make_block(3, 16), make_images(2, 3, 6, 6)
-    expected = block(x).sum().item()
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply_async(forked, (block.state_dict(), x)).get(timeout=60) == pytest.approx(expected)
-
-
-def forked(state: dict[str, Tensor], x: Tensor) -> float:
-    block = make_block(3, 16)
-    block.load_state_dict(state)
-    return float(block(x).sum().item())
-
-
-SURROUNDINGS = {
-    "with torch.device": "torch.device('meta').__enter__()",
-    "a default device": "torch.set_default_device('meta')",
-    "float64": "torch.set_default_dtype(torch.float64)",
-    "float16": "torch.set_default_dtype(torch.float16)",
-    "inference mode before": "with torch.inference_mode(): model(x)",
-}
-CODE = """
-import torch
-from fewshot_asam.models import build_model
-model, x = build_model("conv4", 3, (3, 16, 16), {filters}, 0), torch.linspace(-1, 1, 1536).reshape(2, 3, 16, 16)
-def found():
-    gradients = torch.autograd.grad(model(x.clone()).square().sum(), list(model.parameters()), create_graph=True)
-    return [*gradients, *torch.autograd.grad(sum(v.square().sum() for v in gradients), list(model.parameters()))]
-expected = found()
-{surroundings}
-print(all(torch.equal(a, b) for a, b in zip(found(), expected)))
-"""
-
-
-@pytest.mark.parametrize("name", SURROUNDINGS)
-def test_surroundings(name: str) -> None:
-    """In a process of its own: an address that is not one ends it."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(fused.__file__).parents[2])}
-    code = CODE.format(filters=32, surroundings=SURROUNDINGS[name])
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
-
-
-def traced(block: ConvBlock, x: Tensor) -> Any:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    return make_fx(block)(torch.zeros_like(x))(x)
-
-
-def forward_mode(block: ConvBlock, x: Tensor) -> Any:
-    from torch.autograd import forward_ad
-
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(block(forward_ad.make_dual(x, torch.ones_like(x)))).primal
-
-
-def scripted(block: ConvBlock, x: Tensor) -> Any:
-    return torch.jit.trace(block, torch.zeros_like(x), check_trace=False)(x)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("way", [traced, forward_mode, scripted])
-def test_what_observes_operations_sees_them(way: Callable[[ConvBlock, Tensor], Tensor]) -> None:
-    """What records a call on some images computes others rightly."""
-    block, x = make_block(3, 16), make_images(2, 3, 6, 6)
-    torch.testing.assert_close(way(block, x), block(x))
-
-
-def test_fake_tensors_have_no_numbers() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    block, x = make_block(3, 16), make_images(2, 3, 6, 6)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        image = mode.from_tensor(x)
-        assert block(image).shape == (2, 16, 3, 3)
-    assert not fused.applies(image)
-    assert not fused.applies(x.to_sparse())
+    with fused.disabled():
+        expected = found(exact, x.double())
+    for mine, true in zip(found(block, x), expected, strict=True):
+        assert (mine - true).abs().max() < 1e-5 * true.abs().max()
 
 
 def tail_arguments() -> dict[str, Tensor | float]:
@@ -348,19 +159,3 @@ def test_a_norm_of_another_size_is_refused() -> None:
     block.norm.bias = torch.nn.Parameter(torch.zeros(40))
     with pytest.raises(FewShotError, match="expected"):
         block(torch.rand(2, 3, 8, 8))
-
-
-@pytest.mark.parametrize(("channels", "at"), [(3, (0, slice(None), 10, 10)), (4, (0, slice(None), 0, 0))])
-def test_single_precision_survives_an_outlier_where_the_sums_begin(channels: int, at: tuple[Any, ...]) -> None:
-    block, x = make_block(channels, 32).float(), make_images(25, channels, 20, 20).float()
-    x[at] = 1e5
-    exact = make_block(channels, 32)
-
-    def found(block: ConvBlock, x: Tensor) -> list[Tensor]:
-        out = block(x)
-        return [out, *torch.autograd.grad(out.square().sum(), [block.norm.weight, block.norm.bias])]
-
-    with fused.disabled():
-        expected = found(exact, x.double())
-    for mine, true in zip(found(block, x), expected, strict=True):
-        assert (mine - true).abs().max() < 1e-5 * true.abs().max()

@@ -48,12 +48,12 @@ def applies(x: Tensor, *parameters: Tensor) -> bool:
     That is so on a CPU where each operation is to be computed and nothing else: see `_observed`.
     """
     return (
-        x.dtype in KINDS
+        not _observed()
+        and x.dtype in KINDS
         and x.dim() == 4
         and all(_plain(value) and value.dtype == x.dtype for value in (x, *parameters))
         and len(x) > 0
         and min(x.shape[-2:]) >= 2
-        and not _observed()
         and available()
     )
 
