@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,29 @@ def test_a_full_disk_costs_the_storing_alone(
     assert library is not None
     assert "No space left" in warning
     assert not any((own_cache / "fused").iterdir())
+
+
+def test_nothing_is_compiled_where_others_can_exchange_it(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tmp_path.chmod(0o777)
+    library, warning = build.find()
+    assert library is None
+    assert "set TMPDIR" in warning
+    assert compiler.runs == 0
+    tmp_path.chmod(0o1777)
+    assert build.find()[1] == ""
+
+
+def test_other_systems_load_a_file(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without `/proc`."""
+    genuine = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: str(path) != "/proc/self/fd" and genuine(path))
+    monkeypatch.delattr(os, "memfd_create")
+    library, warning = build.find()
+    assert library is not None
+    assert warning == ""
 
 
 COMPILERS = {

@@ -103,8 +103,8 @@ def _loaded(content: bytes) -> ctypes.CDLL:
         with open(descriptor, "wb", closefd=False) as file:
             file.write(content)
         return declare(ctypes.CDLL(f"/proc/{os.getpid()}/fd/{descriptor}"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "blocks.so"
+    with private.temporary_folder() as folder:
+        path = folder / "blocks.so"
         path.write_bytes(content)
         return declare(ctypes.CDLL(str(path)))
 
@@ -125,8 +125,8 @@ def _compiled(compiler: list[str]) -> tuple[bytes, ctypes.CDLL]:
 
 def _output(command: list[str]) -> bytes:
     """The library that a command makes, once it was seen to run."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "blocks.so"
+    with private.temporary_folder() as folder:
+        target = folder / "blocks.so"
         status, printed = _run([*command, "-o", str(target)])
         if status:
             raise OSError(f"{command[0]} failed: {printed[:200]}")

@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +55,17 @@ def write(path: Path, body: bytes) -> None:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
             raise
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new one, where nobody can put another in its place."""
+    parent = Path(tempfile.gettempdir())
+    mode = parent.stat().st_mode
+    if mode & OTHERS and not mode & stat.S_ISVTX:
+        raise OSError(f"other users can exchange what is in {parent}; set TMPDIR to a folder of your own")
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def _digest(name: str, body: bytes) -> bytes:
