@@ -217,7 +217,7 @@ def test_other_systems_load_a_file(stored: Path, monkeypatch: pytest.MonkeyPatch
 COMPILERS = {
     "fails": ("echo no such flag >&2; exit 3", "no such flag"),
     "prints binary": (r"printf '\377\376\033[31m\000bad\n' >&2; exit 1", "bad"),
-    "is killed": ("kill -9 $$", "failed"),
+    "is killed": ("kill -9 $$", "failed with status -9"),
     "writes nothing": ("exit 0", "wrote no library"),
     "writes a folder": ('mkdir "$out"', "wrote no library"),
     "writes a pipe": ('mkfifo "$out"', "wrote no library"),

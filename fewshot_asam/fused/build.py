@@ -129,7 +129,7 @@ def _output(command: list[str]) -> bytes:
         target = folder / "blocks.so"
         status, printed = _run([*command, "-o", str(target)])
         if status:
-            raise OSError(f"{command[0]} failed: {printed[:200]}")
+            raise OSError(f"{command[0]} failed with status {status}: {printed[:200]}")
         if not target.is_file():
             raise OSError(f"{command[0]} wrote no library")
         status, _ = _run([sys.executable, "-I", "-c", PROBE, str(target)])
