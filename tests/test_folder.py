@@ -218,7 +218,7 @@ def test_an_unreadable_image_is_named(root: Path, content: bytes | None) -> None
 def test_a_truncated_image_is_named(root: Path) -> None:
     file = next((root / "class3").glob("0.*"))
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(FewShotError, match=line(str(file), "cannot be decoded", "expected an undamaged PNG or JPEG")):
+    with pytest.raises(FewShotError, match=line(str(file), "cannot be decoded", "expected an undamaged PNG, JPEG")):
         folder.load(root)
 
 

@@ -253,7 +253,7 @@ def test_an_image_is_missing(tmp_path: Path, splits: Splits, form: str) -> None:
 def test_an_image_is_damaged(tmp_path: Path, splits: Splits, form: str, damage: Callable[[bytes], bytes]) -> None:
     splits["test"]["n05"]["n0500000003.jpg"] = damage(splits["test"]["n05"]["n0500000003.jpg"])
     WRITERS[form](tmp_path, splits)
-    refuse(tmp_path, "images/n0500000003.jpg", "undamaged PNG or JPEG")
+    refuse(tmp_path, "images/n0500000003.jpg", "undamaged PNG, JPEG")
 
 
 @pytest.mark.parametrize("form", WRITERS)
