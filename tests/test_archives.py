@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from fewshot_asam.data import archives
 from fewshot_asam.data.archives import decode_image, fetch, list_tree, locate, open_zip, read_file, read_member
 from fewshot_asam.errors import FewShotError
 from test_files import make
@@ -94,6 +96,14 @@ def test_members_are_read(archive: Path) -> None:
 def test_a_member_that_is_not_there_is_named(archive: Path) -> None:
     with open_zip(archive) as opened, pytest.raises(FewShotError, match=line(str(archive), "a/third.txt")):
         read_member(opened, "a/third.txt")
+
+
+def test_a_strange_name_costs_one_line_too(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "some.zip", "w", zipfile.ZIP_BZIP2) as file:
+        file.writestr("a\nb", b"content")
+    for name in ("a\nb", "c\nd"):
+        with open_zip(tmp_path / "some.zip") as file, pytest.raises(FewShotError, match=line(repr(name))):
+            read_member(file, name)
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
@@ -238,6 +248,23 @@ def test_transparency_is_laid_over_white() -> None:
     indices.putpalette([9, 9, 9, 0, 0, 0])
     indices.save(palette, "PNG", transparency=b"\x00\xff")
     np.testing.assert_array_equal(decode_image(palette.getvalue(), "x.png", "L", (8, 8))[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_transparency_in_bands_is_that_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, mode: Literal["RGB", "L"], kind: str
+) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 30, 4), np.uint8)).convert(kind)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **({"transparency": bytes(range(256))} if kind == "P" else {}))
+    layer = Image.open(buffer).convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode)
+    expected = np.asarray(whole.resize((20, 10), Image.Resampling.BILINEAR))
+    for rows in (7, 50, 256):
+        monkeypatch.setattr(archives, "BAND", rows)
+        decoded = decode_image(buffer.getvalue(), "x", mode, (10, 20))
+        np.testing.assert_array_equal(decoded, expected[None] if mode == "L" else expected.transpose(2, 0, 1))
 
 
 def test_sixteen_bit_grey_is_scaled() -> None:

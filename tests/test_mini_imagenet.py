@@ -480,8 +480,8 @@ def two_compressions(file: h5py.File, other: Path) -> None:
     h5py.h5d.create(file["datasets"].id, b"n02", h5py.h5t.STD_U8LE, space, plist)
 
 
-def bomb(file: h5py.File, other: Path, size: int = 200_000_000, **settings: object) -> None:
-    stored = file.create_dataset("datasets/n02", STORED, "u1", chunks=(1, *STORED[1:]), compression="gzip", **settings)
+def bomb(file: h5py.File, other: Path, size: int = 1_000_000) -> None:
+    stored = file.create_dataset("datasets/n02", STORED, "u1", chunks=(1, *STORED[1:]), compression="gzip")
     for index in range(STORED[0]):
         stored.id.write_direct_chunk((index, 0, 0, 0), zlib.compress(bytes(size)))
 

@@ -29,6 +29,8 @@ LARGEST_MEMBER = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 LONGEST_SIDE = 65_535
 """Pixels, as in JPEG; Pillow keeps an address and more for each row, whatever its length."""
+BAND = 256
+"""Rows that are laid over white at once."""
 _IMAGE = "an undamaged PNG, JPEG, WebP, BMP, GIF or TIFF"
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -97,20 +99,21 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     Raises `FewShotError` where there is no such member, or it is truncated, damaged, encrypted, inflates to more than
     `LARGEST_MEMBER`, or is compressed in a way whose output cannot be bounded.
     """
+    shown = name if name.isprintable() else repr(name)
     try:
         member = archive.getinfo(name)
         if member.file_size > LARGEST_MEMBER or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise FewShotError(
-                f"{archive.filename}: member {name} has {member.file_size:,} bytes by compression method "
+                f"{archive.filename}: member {shown} has {member.file_size:,} bytes by compression method "
                 f"{member.compress_type}; expected at most {LARGEST_MEMBER:,}, stored or deflated"
             )
         with archive.open(member) as file:
             return file.read(member.file_size + 1)  # to its end, but without inflating more than it claims
     except KeyError as error:
-        raise FewShotError(f"{archive.filename} has no member {name}; expected one of that name") from error
+        raise FewShotError(f"{archive.filename} has no member {shown}; expected one of that name") from error
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
         raise FewShotError(
-            f"{archive.filename}: member {name} cannot be read ({_line(error)}); "
+            f"{archive.filename}: member {shown} cannot be read ({_line(error)}); "
             "expected an undamaged archive, so fetch it again"
         ) from error
 
@@ -143,7 +146,7 @@ def decode_image(
         with _many_pixels_refused(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if max(image.size) > LONGEST_SIDE:
                 raise ValueError(f"{image.width} x {image.height} pixels, a side of more than {LONGEST_SIDE:,}")
-            resized = _opaque(_upright(image)).convert(mode).resize((width, height), resample)
+            resized = _converted(_upright(image), mode).resize((width, height), resample)
     except UnidentifiedImageError as error:
         raise FewShotError(f"{name} is not an image; expected {_IMAGE}") from error
     except Exception as error:  # of any kind: Pillow's readers unpack whatever a damaged file holds
@@ -198,18 +201,22 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image as grey or RGB, laid over white band by band, as a large one would else be there four times."""
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("grey values of more than 16 bits")
-        return Image.fromarray((grey >> 8).astype(np.uint8))
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("grey values that are fractions")
-    if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image if image.mode == mode else image.convert(mode)
+    whole = Image.new(mode, image.size)
+    for top in range(0, image.height, BAND):
+        layer = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
+        whole.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode), (0, top))
+    return whole
 
 
 def _line(error: Exception) -> str:
