@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,16 @@ def test_a_string_that_is_yaml_itself_is_refused(tmp_path: Path, name: str, valu
         lambda: train_maml._settings([option, text], TrainConfig()),
     ):
         with pytest.raises(FewShotError, match=r"\A.* is nested or has a YAML alias or tag; expected a plain value"):
+            read()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    for read in (
+        lambda: from_yaml(tmp_path / "config.yaml"),
+        lambda: train_maml._settings(["--config", str(tmp_path / "config.yaml")], TrainConfig()),
+    ):
+        with pytest.raises(FewShotError, match=r"config\.yaml is not a YAML file of settings \(it is a named pipe"):
             read()
 
 

@@ -192,6 +192,16 @@ def test_the_second_load_is_from_the_cache(root: Path, monkeypatch: pytest.Monke
     assert torch.equal(folder.load(root, image_size=4).train.images, first.train.images)
 
 
+def test_a_cached_copy_of_fewer_formats_is_not_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (20, 20)).save(root / "class0" / "new.webp")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "SUFFIXES", (".png", ".jpg", ".jpeg"))
+        with pytest.warns(UserWarning, match="class0/new.webp"):
+            first = folder.load(root, image_size=4)
+    second = folder.load(root, image_size=4)
+    assert sum(len(getattr(second, split).images) - len(getattr(first, split).images) for split in SPLITS) == 1
+
+
 @pytest.mark.parametrize("change", ["content", "new", "size", "channels", "seed", "csv"])
 def test_whatever_changes_is_not_from_the_cache(root: Path, splits: Path, change: str) -> None:
     first = folder.load(root, image_size=4)
@@ -216,6 +226,11 @@ def test_whatever_changes_is_not_from_the_cache(root: Path, splits: Path, change
         ({"image_size": 0}, "image_size is 0; expected 1 to 10,000 pixels"),
         ({"image_size": 100_000}, "image_size is 100000; expected 1 to 10,000 pixels"),
         ({"image_size": 84.5}, "image_size is 84.5; expected 1 to 10,000 pixels"),
+        ({"image_size": "84"}, "image_size is '84'"),
+        ({"seed": -1}, "seed is -1; expected a whole number"),
+        ({"seed": 0.5}, "seed is 0.5; expected a whole number"),
+        ({"fractions": 0.5}, "fractions are 0.5; expected three"),
+        ({"fractions": ("a", "b", "c")}, "fractions are ('a', 'b', 'c'); expected three"),
         ({"channels": 2}, "channels is 2; expected 1 (grey) or 3 (RGB)"),
         ({"fractions": (0.5, 0.5, 0.5)}, "fractions are (0.5, 0.5, 0.5)"),
         ({"fractions": (1.0, 0.0, 0.0)}, "three positive shares"),

@@ -10,6 +10,7 @@ import os
 import reprlib
 import warnings
 from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -65,7 +66,7 @@ def load(
     """
     if root is None:
         raise FewShotError("the dataset 'folder' was given no root; expected --data-root with a subfolder a class")
-    _check_settings(image_size, channels, fractions)
+    _check_settings(image_size, channels, seed, fractions)
     folders = _class_folders(root)
     divided = "/" in folders[0]
     stamps = list_tree(root, "*/*/*" if divided else "*/*")
@@ -90,16 +91,27 @@ def load(
         _require_readable(unreadable)
         return Dataset("folder", *splits)
 
-    return cached("folder", fingerprint([root], stamps, image_size, channels, names), build)
+    return cached("folder", fingerprint([root], stamps, SUFFIXES, image_size, channels, names), build)
 
 
-def _check_settings(image_size: int, channels: int, fractions: Sequence[float]) -> None:
-    if not isinstance(image_size, int) or not 1 <= image_size <= LARGEST_SIDE:
+def _check_settings(image_size: int, channels: int, seed: int, fractions: Sequence[float]) -> None:
+    if not _is_whole(image_size) or not 1 <= image_size <= LARGEST_SIDE:
         raise FewShotError(f"image_size is {image_size!r}; expected 1 to {LARGEST_SIDE:,} pixels")
     if channels not in (1, 3):
         raise FewShotError(f"channels is {channels}; expected 1 (grey) or 3 (RGB)")
-    if len(fractions) != 3 or not all(share > 0 for share in fractions) or not math.isclose(sum(fractions), 1):
-        raise FewShotError(f"fractions are {tuple(fractions)}; expected three positive shares that add up to 1")
+    if not _is_whole(seed) or not 0 <= seed < 2**63:
+        raise FewShotError(f"seed is {seed!r}; expected a whole number, at least 0 and below 2**63")
+    shares = fractions if isinstance(fractions, Sequence) else ()
+    if len(shares) != 3 or not all(map(_is_positive, shares)) or not math.isclose(sum(shares), 1):
+        raise FewShotError(f"fractions are {fractions}; expected three positive shares that add up to 1")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, Real) and float(value) > 0
 
 
 def _class_folders(root: Path) -> list[str]:
