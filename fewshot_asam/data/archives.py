@@ -71,10 +71,11 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file. Raises `FewShotError` where it cannot be read or has more than `LARGEST_MEMBER`."""
     try:
         with open_regular(path) as file:
-            content = file.read(LARGEST_MEMBER + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, LARGEST_MEMBER))
     except OSError as error:
         raise FewShotError(f"{path} cannot be read ({_line(error)}); expected a readable file") from error
-    if len(content) > LARGEST_MEMBER:
+    if size > LARGEST_MEMBER:
         raise FewShotError(f"{path} has more than {LARGEST_MEMBER:,} bytes; expected an image or a table")
     return content
 
