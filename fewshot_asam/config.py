@@ -19,7 +19,7 @@ from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Rule, RuleName
 from fewshot_asam.meta import Norm
 from fewshot_asam.models import Adapt, ModelName
-from fewshot_asam.settings import explained, read_yaml, require_known
+from fewshot_asam.settings import explained, read_yaml, require_known, require_plain
 from fewshot_asam.validation import Validation
 
 DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
@@ -249,6 +249,8 @@ def from_yaml(path: Path) -> TrainConfig:
 def from_plain(values: Mapping[str, object], origin: str) -> TrainConfig:
     """The settings given as numbers, strings and lists, the others by default; `origin` is said in errors."""
     require_known(values, [field.name for field in fields(TrainConfig)], origin)
+    for name, value in values.items():
+        require_plain(f"{origin}: {name}", value)
     try:
         return TrainConfig(**_parser().parse_object(dict(values)).as_dict())
     except (ArgumentError, FewShotError, TypeError, ValueError) as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.files import open_regular
 
 LARGEST_FILE = 20_000
 """Bytes; a file of settings has about a thousand."""
@@ -19,6 +21,8 @@ DEEPEST = 3
 """Levels of nesting; YAML takes time that grows with their square."""
 _REFUSED = re.compile(r'key "(?P<name>\w+)":\s.*(?:Got|Given) value: (?P<value>.*)', re.DOTALL)
 """How jsonargparse says that a value has not the type of its setting."""
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""What jsonargparse reads values with."""
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 
 
@@ -30,7 +34,7 @@ def read_yaml(path: Path, deepest: int = DEEPEST) -> dict[str, object]:
     Raises `FewShotError` naming the file and, where there is one, the line.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
             raise FewShotError(f"{path} has more than {LARGEST_FILE:,} bytes; expected a YAML file of settings")
@@ -44,6 +48,12 @@ def read_yaml(path: Path, deepest: int = DEEPEST) -> dict[str, object]:
     if not isinstance(read, dict):
         raise FewShotError(f"{path} does not hold settings; expected lines of a name and a value, such as 'ways: 5'")
     return read
+
+
+def require_plain(what: str, value: object) -> None:
+    """Raises `FewShotError` for a value that would grow if its text were read as YAML, as jsonargparse reads it."""
+    if not _is_plain(value, 1):
+        raise FewShotError(f"{what} is nested or has a YAML alias or tag; expected a plain value")
 
 
 def require_known(names: Collection[object], known: Collection[str], origin: str) -> None:
@@ -80,14 +90,35 @@ def expanded(path: Path) -> Path:
 
 def _require_plain(path: Path, text: str, deepest: int) -> None:
     """Raises for what a file of settings has no use for, and what could make it larger than it looks."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > deepest or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            where = f"{path} line {_line(event.start_mark)}"
-            raise FewShotError(f"{where} is nested or has a YAML alias or tag; expected names and plain values")
+    if odd := _first_odd(yaml.parse(text, yaml.SafeLoader), deepest):
+        where = f"{path} line {_line(odd.start_mark)}"
+        raise FewShotError(f"{where} is nested or has a YAML alias or tag; expected names and plain values")
     if root := yaml.compose(text, yaml.SafeLoader):
         _require_once(path, root)
+
+
+def _first_odd(events: Iterable[yaml.Event], deepest: int) -> yaml.Event | None:
+    """Where collections are first nested more than `deepest` deep, or an alias or a tag is given."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > deepest or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            return event
+    return None
+
+
+def _is_plain(value: object, deepest: int) -> bool:
+    """Whether a text is a scalar, or a collection of them where `deepest` is 1; and so are the texts in a list."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part, 0) for part in value)
+    if not isinstance(value, str):
+        return True
+    with suppress(yaml.YAMLError):  # such text is left as it stands
+        if _first_odd(yaml.parse(value, _LOADER), deepest):
+            return False
+        scalars = [event.value for event in yaml.parse(value, _LOADER) if isinstance(event, yaml.ScalarEvent)]
+        return deepest == 0 or all(_is_plain(text, 0) for text in scalars)
+    return True
 
 
 def _require_once(path: Path, node: yaml.Node) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +99,61 @@ def test_a_stored_value_that_is_wrong_is_named(tmp_path: Path, name: str, value:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
     with pytest.raises(FewShotError, match=rf"config\.yaml does not hold the settings of a run \(.*{message}"):
         from_yaml(tmp_path / "config.yaml")
+
+
+def laughs(levels: int) -> str:
+    """A few hundred characters of YAML that stand for `3 ** levels` words."""
+    return "[" + ", ".join(["&a0 a", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 3)}]" for i in range(1, levels))]) + "]"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [laughs(9), "&a [*a, 1, 2]", "[" * 40 + "]" * 40, "!!set {a, b, c}", "[1, [2], 3]", ["&a [*a]"], "['[[a]]']"],
+)
+@pytest.mark.parametrize("name", ["split_fractions", "ways", "inner", "rho1", "max_minutes", "data_root"])
+def test_a_string_that_is_yaml_itself_is_refused(tmp_path: Path, name: str, value: str | list[str]) -> None:
+    """In a stored file, in a file of settings and on the command line; read, it could grow without end."""
+    whole = yaml.safe_load(to_yaml(TrainConfig())) | {name: value}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
+    (tmp_path / "flags.yaml").write_text(yaml.safe_dump({name: value}))
+    option, text = f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)
+    for read in (
+        lambda: from_yaml(tmp_path / "config.yaml"),
+        lambda: train_maml._settings(["--config", str(tmp_path / "flags.yaml")], TrainConfig()),
+        lambda: train_maml._settings([f"{option}={text}"], TrainConfig()),
+        lambda: train_maml._settings([option, text], TrainConfig()),
+    ):
+        with pytest.raises(FewShotError, match=r"\A.* is nested or has a YAML alias or tag; expected a plain value"):
+            read()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    for read in (
+        lambda: from_yaml(tmp_path / "config.yaml"),
+        lambda: train_maml._settings(["--config", str(tmp_path / "config.yaml")], TrainConfig()),
+    ):
+        with pytest.raises(FewShotError, match=r"config\.yaml is not a YAML file of settings \(it is a named pipe"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        ("--dataset folder --split-fractions [0.5,.25,25e-2]", ("split_fractions", (0.5, 0.25, 0.25))),
+        ("--rho1 1e-3", ("rho1", 1e-3)),
+        ("--rho1 null", ("rho1", None)),
+        ("--first-order yes", ("first_order", True)),
+        ("--compiled=true", ("compiled", True)),
+        ("--iterations 1_000", ("iterations", 1000)),
+        ("--output-dir [a]", ("output_dir", Path("[a]"))),
+        ("--output-dir a&b*c:d", ("output_dir", Path("a&b*c:d"))),
+    ],
+)
+def test_plain_values_are_read_as_ever(words: str, setting: tuple[str, object]) -> None:
+    name, value = setting
+    config, _ = train_maml._settings(words.split(), TrainConfig())
+    assert getattr(config, name) == value
 
 
 @pytest.mark.parametrize("name", ["ways", "shots", "queries", "iterations", "meta_batch_size", "inner_steps", "hidden"])

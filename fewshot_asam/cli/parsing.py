@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import warnings
@@ -18,7 +19,7 @@ from jsonargparse import ArgumentParser
 from fewshot_asam import distributed
 from fewshot_asam.distributed import PeerLost
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.settings import expanded, explained, nearest, read_yaml, require_known
+from fewshot_asam.settings import expanded, explained, nearest, read_yaml, require_known, require_plain
 from fewshot_asam.stop import Stopped
 
 LONGEST = 2000
@@ -144,6 +145,9 @@ def _require_values(words: Sequence[str]) -> None:
 
 
 def _parsed(parser: Parser, words: Sequence[str]) -> Any:
+    for word in words:
+        option, _, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        require_plain(option or shlex.quote(word)[:80], value)
     try:
         return parser.parse_args(list(words))
     except (TypeError, ValueError, OSError, RecursionError) as error:
