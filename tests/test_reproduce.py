@@ -580,6 +580,7 @@ def test_several_processes_are_refused(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert reproduce_maml.main([str(tiny)]) == 2
     assert_one_line(capsys, "expected one")
 
