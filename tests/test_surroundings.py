@@ -109,22 +109,48 @@ def test_streams_are_restored_and_those_of_others_left_alone(capsys: pytest.Capt
     assert capsys.readouterr().out == "±\n"
 
 
+CTRL_C = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_ctrl_c_while_importing(command: str, tmp_path: Path) -> None:
-    """As early as PyTorch, which is a stand-in here, and although the importing code swallows exceptions."""
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        (CTRL_C, 130, "interrupted\n"),
+        ("raise ValueError('Key backend:\\n garbage')", 2, "(ValueError: Key backend: garbage)"),
+        ("import torch.nothing", 2, "(ModuleNotFoundError: No module named 'torch.nothing')"),
+    ],
+    ids=["Ctrl-C", "a bad variable", "a broken installation"],
+)
+def test_what_happens_while_a_command_imports(command: str, code: str, status: int, said: str, tmp_path: Path) -> None:
+    """With a stand-in for PyTorch, the first library to be imported; it may swallow exceptions."""
     (tmp_path / "torch").mkdir()
-    code = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
     (tmp_path / "torch" / "__init__.py").write_text(code)
     root = Path(surroundings.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
     words = [sys.executable, "-m", f"fewshot_asam.cli.{command}"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert (done.returncode, done.stdout) == (status, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    line = f'cd {gone} && rmdir {gone} && exec "$0" -m fewshot_asam.cli.eval_maml run'
+    environment = {**os.environ, "PYTHONPATH": str(Path(surroundings.__file__).parents[2])}
+    done = subprocess.run(
+        ["sh", "-c", line, sys.executable], capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the current folder")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_importing_a_command_elsewhere_leaves_ctrl_c_alone() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with surroundings.interruptible():
+    with surroundings.importing():
         assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -12,9 +12,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from fewshot_asam.cli.surroundings import interruptible
+from fewshot_asam.cli.surroundings import importing
 
-with interruptible():
+with importing():
     from torch import Tensor
 
     from fewshot_asam import config as configs

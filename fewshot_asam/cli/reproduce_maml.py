@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from fewshot_asam.cli.surroundings import interruptible
+from fewshot_asam.cli.surroundings import importing
 
-with interruptible():
+with importing():
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
     from fewshot_asam.errors import FewShotError
     from fewshot_asam.memory import keep_freed_memory

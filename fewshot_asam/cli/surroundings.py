@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 COMMANDS = ("train_maml", "eval_maml", "reproduce_maml")
 PLAIN = {"±": "+-", "–": "-", "−": "-", "×": "x", "…": "..."}
@@ -19,8 +19,8 @@ PLAIN = {"±": "+-", "–": "-", "−": "-", "×": "x", "…": "..."}
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Within, Ctrl-C ends a command in one line, as is fit while it imports; other programs are left alone."""
+def importing() -> Iterator[None]:
+    """Within, a command imports what it needs: Ctrl-C or a failure ends it in one line. Others are left alone."""
     name = os.path.basename(sys.argv[0]).removesuffix(".py")
     main_thread = threading.current_thread() is threading.main_thread()
     if name not in COMMANDS or not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -28,9 +28,21 @@ def interruptible() -> Iterator[None]:
         return
     signal.signal(signal.SIGINT, _leave)
     try:
+        os.getcwd()  # without which PyTorch does not find its own libraries
         yield
+    except FileNotFoundError as error:
+        _refuse(f"the current folder or a part of the installation is missing ({error}); go to a folder that exists")
+    except Exception as error:  # of libraries that read the environment: MPLBACKEND, TORCH_LOGS, TQDM_...
+        _refuse(f"a library cannot be imported ({type(error).__name__}: {error}); look at the environment variables")
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _refuse(message: str) -> NoReturn:
+    line = f"error: {' '.join(message.split())}\n"
+    with suppress(OSError):
+        os.write(2, line.encode("utf-8", "backslashreplace"))
+    raise SystemExit(2)
 
 
 def _leave(*_: object) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from fewshot_asam.cli.surroundings import interruptible
+from fewshot_asam.cli.surroundings import importing
 
-with interruptible():
+with importing():
     from fewshot_asam import config as configs
     from fewshot_asam import distributed
     from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
