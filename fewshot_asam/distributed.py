@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 _joined = False
 LONGEST_WAIT = 300.0
 """Seconds until a process gives up the others: they are started together, but may read their files from a slow disk."""
+LETTING_GO = 0.2
+"""Seconds for gloo's threads to let go of Python objects, for which they need Python's lock."""
 LAST_WORDS = 10.0
 """Seconds that the end of a job may take."""
 
@@ -105,10 +107,12 @@ def _await_first(address: str, port: int) -> None:
 
 
 def _leave() -> None:
-    """Ends gloo's threads, which abort a Python that ends while they let go of its objects.
+    """Leaves the group. Gloo's threads may not let go of Python objects while the interpreter ends, which aborts it.
 
-    Where something failed, NCCL may wait for an answer that never comes; it is left to itself then.
+    The wait is for a group that something else still refers to, whose threads go on. Where a process failed, NCCL may wait
+    for an answer that never comes; it is left to itself then.
     """
+    time.sleep(LETTING_GO)
     with suppress(TimeoutError):
         _within(LAST_WORDS, dist.destroy_process_group)
 
