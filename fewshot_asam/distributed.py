@@ -109,7 +109,7 @@ def _await_first(address: str, port: int) -> None:
 def _leave() -> None:
     """Leaves the group. Gloo's threads may not let go of Python objects while the interpreter ends, which aborts it.
 
-    The wait is for a group that something else still refers to, whose threads go on. Where a process failed, NCCL may wait
+    The wait is for a group that something else refers to, whose threads go on. Where a process failed, NCCL may wait
     for an answer that never comes; it is left to itself then.
     """
     time.sleep(LETTING_GO)
