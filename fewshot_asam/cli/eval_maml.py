@@ -12,19 +12,22 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from fewshot_asam.cli.surroundings import importing
 
-from fewshot_asam import config as configs
-from fewshot_asam import distributed
-from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
-from fewshot_asam.config import TrainConfig, require_count, require_seed
-from fewshot_asam.errors import FewShotError
-from fewshot_asam.evaluate import interval, paired_difference
-from fewshot_asam.inner import RuleName
-from fewshot_asam.memory import keep_freed_memory
-from fewshot_asam.prepare import load_data, resolve_device
-from fewshot_asam.train import result_text
-from fewshot_asam.trainer import best_learner, evaluated
+with importing():
+    from torch import Tensor
+
+    from fewshot_asam import config as configs
+    from fewshot_asam import distributed
+    from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
+    from fewshot_asam.config import TrainConfig, require_count, require_seed
+    from fewshot_asam.errors import FewShotError
+    from fewshot_asam.evaluate import interval, paired_difference
+    from fewshot_asam.inner import RuleName
+    from fewshot_asam.memory import keep_freed_memory
+    from fewshot_asam.prepare import load_data, resolve_device
+    from fewshot_asam.train import result_text
+    from fewshot_asam.trainer import best_learner, evaluated
 
 
 @dataclass(frozen=True)

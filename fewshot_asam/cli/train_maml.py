@@ -12,13 +12,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from fewshot_asam import config as configs
-from fewshot_asam import distributed
-from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
-from fewshot_asam.config import TrainConfig
-from fewshot_asam.errors import FewShotError
-from fewshot_asam.memory import keep_freed_memory
-from fewshot_asam.train import train
+from fewshot_asam.cli.surroundings import importing
+
+with importing():
+    from fewshot_asam import config as configs
+    from fewshot_asam import distributed
+    from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
+    from fewshot_asam.config import TrainConfig
+    from fewshot_asam.errors import FewShotError
+    from fewshot_asam.memory import keep_freed_memory
+    from fewshot_asam.train import train
+
 
 FREE_TO_CHANGE = {"iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every"}
 """Settings with which a run may be resumed although they differ."""

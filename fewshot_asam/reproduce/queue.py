@@ -145,14 +145,14 @@ def _training(folder: Path) -> Record:
 def _tests(cell: Cell, config: TrainConfig, folder: Path, stop: Stop) -> list[Record]:
     """The records of a cell's tests, of which those that the folder has already are not repeated."""
     file = folder / "tests.jsonl"
-    found: Record = {"tests": ledger.read(file)}
+    found: Record = {"tests": ledger.read_tests(file)}
     missing = [test for test in cell.tests if ledger.find(found, test) is None]
     dataset = load_data(config, resolve_device(config.device)) if missing else None
     for test in missing:
         stop.check()
         assert dataset is not None
         ledger.append(file, _tested(test, config, folder, dataset, stop.check))
-    found = {"tests": ledger.read(file)}
+    found = {"tests": ledger.read_tests(file)}
     return [record for test in cell.tests if (record := ledger.find(found, test)) is not None]
 
 
