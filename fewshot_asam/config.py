@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fewshot_asam.data import DATASETS
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
-from fewshot_asam.errors import FewShotError, require_one_of
+from fewshot_asam.errors import FewShotError
 from fewshot_asam.inner import Rule, RuleName
 from fewshot_asam.meta import Norm
 from fewshot_asam.models import Adapt, ModelName
-from fewshot_asam.settings import explained, read_yaml, require_known
+from fewshot_asam.settings import conforming, explained, read_yaml, require_known
 from fewshot_asam.validation import Validation
 
 DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
@@ -130,13 +129,12 @@ class TrainConfig:
     """run folder; if not given, a new one under runs/"""
 
     def __post_init__(self) -> None:
+        kinds = _kinds()
         for field in fields(self):
-            if getattr(self, field.name) is None and field.default is not None:
+            value = getattr(self, field.name)
+            if value is None and field.default is not None:
                 raise FewShotError(f"{field.name} is null; expected a value such as {field.default}")
-        require_one_of("dataset", self.dataset, DATASETS)
-        require_one_of("schedule", self.schedule, ("constant", "cosine"))
-        require_one_of("precision", self.precision, get_args(Precision))
-        require_one_of("device", self.device, ("auto", "cpu", "cuda"))
+            object.__setattr__(self, field.name, conforming(field.name, value, kinds[field.name]))
         for name in COUNTS:
             require_count(name, getattr(self, name))
         for name in ("image_size", "hidden", "inner_steps", "meta_batch_size"):
@@ -187,6 +185,11 @@ class TrainConfig:
     def title(self) -> str:
         """The run in a few words, fit for a file name."""
         return f"{self.dataset}-{self.ways}w{self.shots}s-{self.inner}-seed{self.seed}"
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
 
 
 COUNTS = (
@@ -252,7 +255,7 @@ def from_plain(values: Mapping[str, object], origin: str) -> TrainConfig:
     try:
         return TrainConfig(**_parser().parse_object(dict(values)).as_dict())
     except (ArgumentError, FewShotError, TypeError, ValueError) as error:
-        reason = explained(str(error), get_type_hints(TrainConfig))
+        reason = explained(str(error), _kinds())
         raise FewShotError(f"{origin} does not hold the settings of a run ({reason})") from error
 
 
