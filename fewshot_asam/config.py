@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -221,6 +221,12 @@ def require_seed(name: str, value: int) -> None:
     """Raises `FewShotError` where PyTorch's generators take no such seed."""
     if not 0 <= value < 2**63:
         raise FewShotError(f"{name} is {value}; expected at least 0 and below 2**63")
+
+
+def located(config: TrainConfig) -> TrainConfig:
+    """The settings with the data's whole paths, so that they hold in another folder too."""
+    found = {name: value.absolute() for name in ("data_root", "split_csv") if (value := getattr(config, name))}
+    return replace(config, **found)
 
 
 def changed(config: TrainConfig) -> dict[str, Any]:

@@ -28,7 +28,14 @@ LONGEST_VALUE = 200
 """Characters of a value that is shown."""
 _REFUSED = re.compile(r'key "(?P<name>\w+)":\s.*(?:Got|Given) value: (?P<value>.*)', re.DOTALL)
 """How jsonargparse says that a value has not the type of its setting."""
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    str: "text",
+    dict: "names and values",
+}
 
 
 def read_yaml(path: Path, deepest: int = DEEPEST) -> dict[str, object]:
@@ -119,7 +126,7 @@ def _fitted(value: Any, kind: Any) -> Any:
         return tuple(_fitted(*pair) for pair in zip(value, get_args(kind), strict=True))
     if kind is Path and os.fspath(value):
         return expanded(Path(value))
-    abstract = {int: Integral, float: Real}.get(kind, kind)
+    abstract = {int: Integral, float: Real}.get(kind, get_origin(kind) or kind)
     if not isinstance(value, abstract) or isinstance(value, bool) != (kind is bool):
         raise TypeError
     if kind is int and int(value).bit_length() > MOST_BITS:
@@ -186,4 +193,4 @@ def _described(kind: Any) -> str:
         return " or ".join(map(_described, parts))
     if get_origin(kind) is tuple:
         return f"a list of {len(parts)}, each {_described(parts[0])}"
-    return _TYPES.get(kind, str(kind))
+    return _TYPES.get(get_origin(kind) or kind, str(kind))

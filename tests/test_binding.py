@@ -1,0 +1,485 @@
+"""A run is bound to what made it: nothing goes on, or is tested, as what it is not, and a refusal changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import faults
+from fewshot_asam import FewShotError, locks
+from fewshot_asam.checkpoint import STATES, decode, encode, read_state
+from fewshot_asam.cli import eval_maml, train_maml
+from fewshot_asam.config import TrainConfig
+from fewshot_asam.data import Dataset
+from fewshot_asam.locks import LOCK, locked
+from fewshot_asam.metrics import read_metrics
+from fewshot_asam.prepare import load_data
+from fewshot_asam.runs import read_summary, stored_settings
+from fewshot_asam.train import train
+from fewshot_asam.trainer import Trainer, build
+
+CPU = torch.device("cpu")
+
+
+def settings(images: Path, folder: Path, **changes: Any) -> TrainConfig:
+    """Those of a run of a second or so."""
+    quick: dict[str, Any] = {"inner": "maml", "ways": 3, "queries": 2, "dataset": "folder", "image_size": 16}
+    quick |= {"hidden": 4, "iterations": 4, "meta_batch_size": 2, "validate_every": 2, "validate_tasks": 4}
+    quick |= {"test_tasks": 4, "checkpoint_every": 2, "engine": "loop", "device": "cpu"}
+    return TrainConfig(**(quick | {"data_root": images, "output_dir": folder} | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSHOT_ASAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faults.write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(settings(images, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(images: Path) -> Dataset:
+    return load_data(settings(images, Path("unused")), CPU)
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be spoilt."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file and folder, with its content and when it was changed."""
+    paths = [folder, *sorted(folder.rglob("*"))]
+    return {str(path): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}
+
+
+def require_refusal(place: Path, message: str, work: Callable[[], object]) -> None:
+    before = everything(place)
+    with pytest.raises(FewShotError, match=message) as raised:
+        work()
+    assert len(str(raised.value).splitlines()) == 1
+    assert everything(place) == before
+
+
+def refused_command(main: Callable[[list[str]], int], words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that must end in one line of error."""
+    capsys.readouterr()
+    assert main(words) == 2
+    printed, said = capsys.readouterr()
+    assert "test accuracy" not in printed
+    assert len(said.splitlines()) == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inner_lr": 0.3}, r"inner_lr was 0\.4 and is 0\.3, which would alter the resumed run"),
+        ({"inner": "agnostic_sam"}, "inner was maml and is agnostic_sam"),
+        ({"shots": 2}, "shots was 1 and is 2"),
+        ({"hidden": 8}, "hidden was 4 and is 8"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"test_tasks": 6}, "test_tasks was 4 and is 6"),
+        ({"device": "auto"}, "device was cpu and is auto"),
+        ({"split_seed": 1}, "split_seed was 0 and is 1"),
+        ({"output_dir": "mistyped"}, "mistyped is not the folder of a run"),
+        ({"output_dir": None}, "needs the run to go on with"),
+        ({"data_root": "missing"}, "missing is not a folder"),
+        ({"iterations": 8, "meta_lr": 0.1}, "meta_lr was 0.002 and is 0.1"),
+    ],
+)
+def test_a_resume_as_another_run_is_refused(
+    images: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(settings(images, run), **changes)
+    require_refusal(tmp_path, message, lambda: train(config, resume=True))
+
+
+@pytest.mark.parametrize("folder", [None, "relative"])
+def test_what_is_free_to_change_is_changed(
+    images: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str | None
+) -> None:
+    """The data's folder may be written in another way too."""
+    monkeypatch.chdir(images.parent)
+    config = settings(images, run, data_root=images.name if folder else images, iterations=6, checkpoint_every=5)
+    with pytest.warns(UserWarning, match="meta_lr falls to 0 at iteration 6 now, not 4"):
+        summary = train(config, resume=True)
+    assert summary["iterations"] == 6
+    assert (stored_settings(run).iterations, stored_settings(run).data_root) == (6, images)
+    assert [row["iteration"] for row in read_metrics(run) if "train_loss" in row] == list(range(1, 7))
+
+
+EDITS = [
+    *[("meta_lr: 0.002", "meta_lr: 0.2"), ("inner_lr: 0.4", "inner_lr: 0.1"), ("inner_steps: 1", "inner_steps: 2")],
+    *[("seed: 0", "seed: 3"), ("schedule: cosine", "schedule: constant"), ("clip_grad: null", "clip_grad: 1.0")],
+    *[("rho: 0.0005", "rho: 0.05"), ("norm: transductive", "norm: inductive"), ("hidden: 4", "hidden: 8")],
+    *[("first_order: false", "first_order: true"), ("adapt: all", "adapt: head"), ("queries: 2", "queries: 1")],
+    *[("inner: maml", "inner: sharp_maml_low"), ("validate_tasks: 4", "validate_tasks: 5"), ("ways: 3", "ways: 2")],
+]
+
+
+@pytest.mark.parametrize(("before", "after"), EDITS)
+def test_an_edited_config_is_noticed(run: Path, capsys: pytest.CaptureFixture[str], before: str, after: str) -> None:
+    """When the run is resumed and when it is tested; the tensors would fit in most cases."""
+    text = (run / "config.yaml").read_text()
+    assert f"\n{before}\n" in f"\n{text}"
+    (run / "config.yaml").write_text(f"\n{text}".replace(f"\n{before}\n", f"\n{after}\n"))
+    content = everything(run)
+    name, old = before.split(": ")
+    expected = f"was made with {name} {'None' if old == 'null' else old.replace('false', 'False')}, but the run's"
+    assert expected in refused_command(train_maml.main, ["--resume", "--output-dir", str(run)], capsys)
+    said = refused_command(eval_maml.main, [str(run), "--tasks", "4"], capsys)
+    assert expected in said or "weights of another model" in said
+    assert everything(run) == content
+
+
+def test_another_run_s_checkpoints_are_refused(images: Path, run: Path, tmp_path: Path) -> None:
+    train(settings(images, tmp_path / "other", seed=1))
+    shutil.rmtree(run / STATES)
+    shutil.copytree(tmp_path / "other" / STATES, run / STATES)
+    message = "0004.ckpt was made with seed 1, but the run's setting is 0"
+    require_refusal(run, message, lambda: train(settings(images, run), resume=True))
+
+
+def test_checkpoints_that_are_gone_do_not_start_a_run_afresh(images: Path, run: Path) -> None:
+    shutil.rmtree(run / STATES)
+    message = "last.safetensors is of a run whose checkpoints are gone"
+    require_refusal(run, message, lambda: train(settings(images, run), resume=True))
+
+
+def fewer(root: Path) -> None:
+    shutil.rmtree(root / "class007")
+
+
+def renamed(root: Path) -> None:
+    (root / "class007").rename(root / "class999")
+
+
+def repainted(root: Path) -> None:
+    shutil.copy(root / "class000" / "0.png", root / "class001" / "0.png")
+
+
+def swapped(root: Path) -> None:
+    for old, new in (("class000", "x"), ("class001", "class000"), ("x", "class001")):
+        (root / old).rename(root / new)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (fewer, "was made with other classes"),
+        (renamed, "was made with other classes"),
+        (repainted, "was made with other images of the same classes"),
+        (swapped, "was made with other images of the same classes"),
+    ],
+)
+def test_other_data_are_noticed(
+    images: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], None],
+    message: str,
+) -> None:
+    """A resumed run refuses them; a test on other images of the same classes says so."""
+    other = Path(shutil.copytree(images, tmp_path / "other"))
+    change(other)
+    require_refusal(run, message, lambda: train(settings(other, run), resume=True))
+    words = [str(run), "--tasks", "4", "--data-root", str(other)]
+    if "images" in message:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert eval_maml.main(words) == 0
+        assert f"warning: {run / 'best.safetensors'} {message} than it is tested on" in capsys.readouterr().err
+    else:
+        assert message in refused_command(eval_maml.main, words, capsys)
+
+
+Forgery = Callable[[dict[str, Any]], object]
+
+
+def put(*path: str, value: object) -> Forgery:
+    """Sets one value of a decoded training state."""
+
+    def forge(state: dict[str, Any]) -> None:
+        place = state
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value(place[path[-1]]) if callable(value) else value
+
+    return forge
+
+
+def drop(*path: str) -> Forgery:
+    def forge(state: dict[str, Any]) -> None:
+        place = state
+        for name in path[:-1]:
+            place = place[name]
+        del place[path[-1]]
+
+    return forge
+
+
+MOMENT, MEAN, STEP = "optimizer/0/exp_avg_sq", "optimizer/0/exp_avg", "optimizer/0/step"
+FORGERIES: dict[str, Forgery] = {
+    "no progress": drop("progress"),
+    "progress is a list": put("progress", value=[1, 2]),
+    "progress is null": put("progress", value=None),
+    "progress lacks a name": drop("progress", "rows"),
+    **{f"iteration {value!r}": put("progress", "iteration", value=value) for value in ("4", 4.5, True, None, [4])},
+    **{f"iteration is {value}": put("progress", "iteration", value=value) for value in (-1, 0, 3, 10**12, 10**4000)},
+    "validated later than it is": put("progress", "validated", value=5),
+    "validated before the start": put("progress", "validated", value=-1),
+    "best of the future": put("progress", "best_iteration", value=10**9),
+    "best of none": put("progress", "best_iteration", value=0),
+    "more rows than can be": put("progress", "rows", value=9),
+    "negative rows": put("progress", "rows", value=-1),
+    "rows of 1e30": put("progress", "rows", value=10**30),
+    **{f"accuracy {value}": put("progress", "best_accuracy", value=value) for value in (60.0, -0.5)},
+    **{f"accuracy is {value!r}": put("progress", "best_accuracy", value=value) for value in ("high", float("nan"))},
+    **{f"seconds {value!r}": put("progress", "seconds", value=value) for value in (-1.0, float("inf"), "1")},
+    "an engine that there is not": put("progress", "engine", value="steam"),
+    "an engine that is none": put("progress", "engine", value={"name": "loop"}),
+    "no identity": drop("identity"),
+    "identity is text": put("identity", value="mine"),
+    "identity lacks the classes": drop("identity", "classes"),
+    "settings are a list": put("identity", "settings", value=[]),
+    "settings lack one": drop("identity", "settings", "ways"),
+    "a setting more": put("identity", "settings", value=lambda old: {**old, "dropout": 0.1}),
+    "a digest that is a number": put("identity", "images", value=5),
+    "no weights": drop("tensors", "model/head.weight"),
+    "weights of another shape": put("tensors", "model/head.weight", value=torch.zeros(3, 5)),
+    "weights in float64": put("tensors", "model/head.weight", value=lambda old: old.double()),
+    "weights that are not finite": put("tensors", "model/head.weight", value=lambda old: old * float("nan")),
+    "infinite best weights": put("tensors", "best/head.bias", value=lambda old: old + float("inf")),
+    "no best weights": drop("tensors", "best/head.bias"),
+    "a tensor more": put("tensors", value=lambda old: {**old, "model/more": torch.zeros(1)}),
+    "no moments": drop("tensors", MOMENT),
+    "a moment of another shape": put("tensors", MEAN, value=torch.zeros(1)),
+    "squares below zero": put("tensors", MOMENT, value=lambda old: old - 1),
+    "a mean that is not finite": put("tensors", MEAN, value=lambda old: old / 0.0),
+    "another step": put("tensors", STEP, value=torch.tensor(7.0)),
+    "a step that is not finite": put("tensors", STEP, value=torch.tensor(float("nan"))),
+    "steps": put("tensors", STEP, value=torch.tensor([4.0])),
+    "no generator": drop("tensors", "tasks/generator"),
+    "a generator cut short": put("tensors", "tasks/generator", value=lambda old: old[:-8].clone()),
+    "a generator of ones": put("tensors", "tasks/generator", value=lambda old: torch.full_like(old, 255)),
+    "a generator of noughts": put("tensors", "tasks/augmentation", value=torch.zeros_like),
+    "a generator of a GPU": put("tensors", "tasks/generator", value=torch.zeros(16, dtype=torch.uint8)),
+    "a generator in floats": put("tensors", "tasks/generator", value=lambda old: old.float()),
+    "no unlogged": drop("tensors", "unlogged"),
+    "unlogged of two columns": put("tensors", "unlogged", value=torch.zeros(0, 2)),
+    "unlogged without rows": put("tensors", "unlogged", value=torch.tensor(1.0)),
+    "unlogged of more iterations": put("tensors", "unlogged", value=torch.zeros(5, 3)),
+    "unlogged that is not finite": put("tensors", "unlogged", value=torch.full((1, 3), float("nan"))),
+}
+
+
+def restored(images: Path, dataset: Dataset, folder: Path) -> Trainer:
+    trainer = build(settings(images, folder), dataset, CPU)
+    trainer.folder = folder
+    trainer.restore()
+    return trainer
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forged_training_states_under_a_right_checksum(images: Path, dataset: Dataset, run: Path, name: str) -> None:
+    data, path = read_state(run)
+    state = decode(data, path)
+    FORGERIES[name](state)
+    Path(path).write_bytes(encode(state))
+    require_refusal(run, r"0004\.ckpt", lambda: restored(images, dataset, run))
+
+
+def test_a_state_that_is_not_forged_is_restored(images: Path, dataset: Dataset, run: Path) -> None:
+    """And what is restored is stored again as it was."""
+    data, path = read_state(run)
+    Path(path).write_bytes(encode(decode(data, path)))
+    trainer = restored(images, dataset, run)
+    assert trainer.progress.iteration == 4
+    trainer.save()
+    assert faults.differences(decode(*read_state(run)), decode(data, path)) == []
+
+
+LOST = [
+    *["", "2", "[]", "null", '{"train_loss": 1.0}', '{"iteration": 2, "tra', "[" * 100_000],
+    *['{"iteration": "2"}', '{"iteration": 2.0}', '{"iteration": true}', '{"iteration": null}', '{"iteration": -1}'],
+    *[f'{{"iteration": {10**30}}}', '{"iteration": 0}', '{"iteration": 2, "colour": 1.0}'],
+    *['{"iteration": 2, "train_loss": "low"}', '{"iteration": 2, "train_loss": NaN}'],
+    *['{"iteration": 2, "train_loss": Infinity}', '{"iteration": 2, "train_loss": 1e999}'],
+    *[f'{{"iteration": 2, "train_loss": {"9" * 400}}}', f'{{"iteration": 2, "train_loss": {"9" * 5000}}}'],
+    *['{"iteration": 2, "train_loss": -1.0}', '{"iteration": 2, "train_loss": true}'],
+    *['{"iteration": 2, "train_accuracy": 60.0}', '{"iteration": 2, "val_accuracy": -0.1}'],
+    *['{"iteration": 2, "val_ci95": [0]}', '{"iteration": 2, "seconds": -5}', '{"iteration": 2, "seconds": 1e300}'],
+    *['{"iteration": 2, "congruence_before": 5.0}', '{"iteration": 2, "val_accuracy": {}}'],
+]
+
+
+@pytest.mark.parametrize("line", LOST)
+def test_a_line_that_is_no_row_ends_the_metrics(tmp_path: Path, line: str) -> None:
+    first = '{"iteration": 1, "train_loss": 2.0, "congruence_before": NaN}\n'
+    (tmp_path / "metrics.jsonl").write_text(f'{first}{line}\n{{"iteration": 3}}\n')
+    assert [row["iteration"] for row in read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "forged", "gone"])
+def test_metrics_that_are_missing_are_said_and_none_is_repeated(images: Path, run: Path, damage: str) -> None:
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    if damage == "gone":
+        metrics.unlink()
+    else:
+        metrics.write_text("".join([*lines[:2], *([] if damage == "cut" else ["{}\n", *lines[3:]])]))
+    left = 0 if damage == "gone" else 2
+    config = settings(images, run, iterations=5)
+    with (
+        pytest.warns(UserWarning, match="falls to 0"),
+        pytest.warns(UserWarning, match=rf"metrics\.jsonl has {left} rows .*the checkpoint speaks of 6"),
+    ):
+        train(config, resume=True)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [(row["iteration"], "train_loss" in row) for row in rows[left:]] == [(5, True), (5, False)]
+    train(config, resume=True)
+    assert [json.loads(line) for line in metrics.read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"test_accuracy": "high"}, "test_accuracy is 'high'; expected a number"),
+        ({"test_accuracy": 60.0}, "test_accuracy is 60.0"),
+        ({"val_accuracy": float("nan")}, "val_accuracy is nan"),
+        ({"iterations": -4}, "iterations is -4"),
+        ({"engine": None}, "engine is None; expected text"),
+        ({"wall_seconds": [1]}, r"wall_seconds is \[1\]; expected a number"),
+    ],
+)
+def test_forged_summaries(run: Path, change: dict[str, object], said: str) -> None:
+    assert read_summary(run)["iterations"] == 4
+    (run / "summary.json").write_text(json.dumps(json.loads((run / "summary.json").read_text()) | change))
+    with pytest.raises(FewShotError, match=f"summary.json holds no summary of a run .{said}.; remove it"):
+        read_summary(run)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"test_accuracy": 0.5}', "\0"])
+def test_what_is_no_summary(tmp_path: Path, text: str) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(FewShotError, match=r"summary\.json (cannot be read|holds no summary).*; remove it"):
+        read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", f"{STATES}/0000000004.ckpt"])
+def test_pipes_are_not_waited_for(images: Path, run: Path, name: str) -> None:
+    if name.startswith(STATES):
+        (run / STATES / "0000000002.ckpt").unlink()
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    said = "is not the folder of a run" if name == "config.yaml" else f"{Path(name).name} cannot be read .*named pipe"
+    require_refusal(run, said, lambda: train(settings(images, run), resume=True))
+
+
+def test_a_pipe_as_weights_or_summary_is_not_waited_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("best.safetensors", "summary.json"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    assert "it is a named pipe" in refused_command(eval_maml.main, [str(run), "--tasks", "4"], capsys)
+    with pytest.raises(FewShotError, match="named pipe"):
+        read_summary(run)
+
+
+def test_checkpoints_elsewhere_are_refused(images: Path, run: Path, tmp_path: Path) -> None:
+    (run / STATES).rename(tmp_path / "elsewhere")
+    (run / STATES).symlink_to(tmp_path / "elsewhere")
+    message = "checkpoints is a link to .*elsewhere"
+    require_refusal(tmp_path, message, lambda: train(settings(images, run), resume=True))
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_one_process_trains_into_a_folder(
+    images: Path, run: Path, monkeypatch: pytest.MonkeyPatch, flock: bool
+) -> None:
+    """Whether the file system can lock a folder or not; where it can, removing files lets nobody in."""
+    if not flock:
+        monkeypatch.setattr(locks, "fcntl", None)
+    with locked(run):
+        if flock:
+            (run / LOCK).unlink(missing_ok=True)
+        with pytest.raises(FewShotError, match="another process is training into"):
+            train(settings(images, run), resume=True)
+    assert train(settings(images, run), resume=True)["iterations"] == 4
+    assert (run / LOCK).exists() is not flock
+
+
+def test_a_folder_that_cannot_be_locked_has_a_file_that_can(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(descriptor: int, operation: int) -> None:
+        raise OSError(9, "Bad file descriptor")
+
+    if locks.fcntl is None:
+        pytest.skip("this system locks no folders")
+    monkeypatch.setattr(locks, "fcntl", type("fcntl", (), {"flock": unable, "LOCK_EX": 2, "LOCK_NB": 4}))
+    with locked(run):
+        assert (run / LOCK).exists()
+        with pytest.raises(FewShotError, match="another process"), locked(run):
+            pass
+    with locked(run):
+        pass
+
+
+def test_a_run_of_an_older_version_is_said_in_one_line(run: Path, images: Path) -> None:
+    for path in (run / STATES).iterdir():
+        path.write_bytes(path.read_bytes().replace(b"training state 2\n", b"training state 1\n"))
+    require_refusal(run, "is of format 1; this version", lambda: train(settings(images, run), resume=True))
+
+
+def work(changes: list[list[str]], words: list[str]) -> int:
+    return train_maml.main([*words, *changes[int(os.environ["RANK"])]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([[], ["--iterations", "9"]], "process 1: iterations is 9, but 8 in the first process"),
+        ([["--inner-lr", "0.1"], []], "process 1: inner_lr is 0.4, but 0.1 in the first process"),
+        ([[], ["--data-root", "OTHER"]], "process 1: the digest of the images is"),
+    ],
+)
+def test_processes_of_a_job_that_differ_are_refused(
+    images: Path, tmp_path: Path, changes: list[list[str]], said: str
+) -> None:
+    other = Path(shutil.copytree(images, tmp_path / "other"))
+    repainted(other)
+    changes = [[word.replace("OTHER", str(other)) for word in words] for words in changes]
+    words = [*faults.RUN, "--data-root", str(images), "--output-dir", str(tmp_path / "run")]
+    job = faults.start_job(tmp_path / "logs", 2, work, changes, words)
+    for process in job:
+        process.join(60)
+        process.kill()
+    first, second = ((tmp_path / "logs" / f"{rank}.log").read_text() for rank in range(2))
+    assert [process.exitcode for process in job] == [2, 2], first + second
+    assert said in first
+    assert len(first.splitlines()) == 1
+    assert second == ""
+    assert not (tmp_path / "run").exists()
