@@ -87,11 +87,18 @@ def save_weights(path: Path, state: Weights, made_by: str = "") -> None:
     write_atomically(path, lambda scratch: scratch.write_bytes(save(state, {HEADER: header})))
 
 
-def load_weights(path: Path, model: nn.Module) -> str:
+def load_weights(path: Path, model: nn.Module) -> None:
     """Puts weights that `save_weights` wrote into a model of the same layers.
 
-    **Returns:** what they were made by. Raises `FewShotError` naming the file where it is missing, damaged, of another
-    model or has numbers that are not finite; the model is as before then.
+    Raises `FewShotError` naming the file where `read_weights` does and where it is of another model.
+    """
+    put_weights(read_weights(path)[0], model, str(path))
+
+
+def read_weights(path: Path) -> tuple[Weights, str]:
+    """Weights that `save_weights` wrote, and what they were made by.
+
+    Raises `FewShotError` naming the file where it is missing, damaged or has numbers that are not finite.
     """
     try:
         with open_regular(path) as file:
@@ -107,12 +114,16 @@ def load_weights(path: Path, model: nn.Module) -> str:
         raise _damaged_weights(path, "its checksum is missing or another")
     if bad := not_finite(state):
         raise FewShotError(f"{path} holds numbers in {bad} that are not finite; they are of a run that went wrong")
+    return state, made_by
+
+
+def put_weights(state: Weights, model: nn.Module, name: str) -> None:
+    """Puts weights into a model; raises `FewShotError` naming their file where it has other layers."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
-        raise FewShotError(f"{path} holds the weights of another model ({first})") from error
-    return made_by
+        raise FewShotError(f"{name} holds the weights of another model ({first})") from error
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +50,9 @@ def _locked(descriptor: int, folder: Path) -> bool:
     """Whether the folder is locked now, and not of a kind that cannot be."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise _taken(folder) from error
+    except BlockingIOError as error:
+        raise _taken(folder) from error
+    except OSError:
         return False
     return True
 

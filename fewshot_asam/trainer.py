@@ -15,9 +15,10 @@ from fewshot_asam import __version__, distributed, upper
 from fewshot_asam.checkpoint import (
     Weights,
     decode,
-    load_weights,
     not_finite,
+    put_weights,
     read_state,
+    read_weights,
     save_state,
     save_weights,
     weights,
@@ -192,6 +193,8 @@ class Trainer:
         progress = filled(Progress, state.get("progress"), f"{name}: progress")
         tensors: Weights = state["tensors"]
         try:
+            if int(Path(name).stem) != progress.iteration:
+                raise ValueError(f"it is of iteration {progress.iteration}")
             if problem := _impossible(progress) or self._unlike(tensors, progress):
                 raise ValueError(problem)
             self.progress, self.unlogged, self.best = progress, tensors["unlogged"], _below("best", tensors)
@@ -287,9 +290,12 @@ def best_learner(folder: Path, config: TrainConfig, dataset: Dataset, made_by: I
 
     Raises `FewShotError` where they were made by other settings or classes than `made_by`, and warns of other images.
     """
-    file, learner = folder / "best.safetensors", build_learner(config, dataset.train.shape)
-    stored = from_json(load_weights(file, learner.model), str(file))
+    file = folder / "best.safetensors"
+    best, text = read_weights(file)
+    stored = from_json(text, str(file))
     require_same(made_by, stored, str(file))
+    learner = build_learner(config, dataset.train.shape)
+    put_weights(best, learner.model, str(file))
     if stored.images != made_by.images:
         warnings.warn(f"{file} was made with other images of the same classes than it is tested on", stacklevel=2)
     return learner.to(dataset.test.images.device)

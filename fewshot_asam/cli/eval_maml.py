@@ -19,7 +19,7 @@ from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
 from fewshot_asam.config import TrainConfig, require_count, require_seed
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import interval, paired_difference
-from fewshot_asam.identity import identify
+from fewshot_asam.identity import data, identify, require_same_everywhere, shared
 from fewshot_asam.inner import RuleName
 from fewshot_asam.memory import keep_freed_memory
 from fewshot_asam.prepare import load_data, resolve_device
@@ -94,12 +94,16 @@ def command(argv: Sequence[str]) -> None:
         raise FewShotError("the same run was given twice; expected different ones")
     to_test = {folder: pair[1] for folder, pair in settings.items()}
     _require_same_tasks(to_test)
+    require_same_everywhere({"the number of runs": len(to_test), "tasks": test.tasks, "seed": test.seed})
+    for config in to_test.values():
+        require_same_everywhere(shared(config))
     keep_freed_memory()
     device, first_run = resolve_device(test.device), next(iter(to_test.values()))
     dataset = distributed.one_a_machine_first(lambda: load_data(first_run, device))
-    data = identify(first_run, dataset)
+    identity = identify(first_run, dataset)
+    require_same_everywhere(data(identity))
     learners = {
-        folder: best_learner(Path(folder), tested, dataset, data.of(trained))
+        folder: best_learner(Path(folder), tested, dataset, identity.of(trained))
         for folder, (trained, tested) in settings.items()
     }
     accuracies: dict[str, Tensor] = {}
