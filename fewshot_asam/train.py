@@ -33,6 +33,9 @@ ROWS = 500
 def train(config: TrainConfig, resume: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Trains, tests and writes the run folder; prints one line with the test accuracy.
 
+    `resume` goes on with the run in `output_dir`. Settings that would alter it, other data and a folder without a run
+    are refused before anything is written.
+
     SIGINT and SIGTERM end the iteration, save the state and raise `Stopped`, a `KeyboardInterrupt`; so does a request
     that reached `stop`, the caller's own, which is then in charge of the signals.
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,10 @@ from fewshot_asam.checkpoint import (
     save_weights,
     weights,
 )
-from fewshot_asam.config import LARGEST_COUNT, LARGEST_RATE, TrainConfig
+from fewshot_asam.config import TrainConfig
 from fewshot_asam.data import Dataset
 from fewshot_asam.data.images import ImageSet
 from fewshot_asam.distributed import PeerLost
-from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
@@ -35,6 +34,7 @@ from fewshot_asam.evaluate import evaluate
 from fewshot_asam.identity import Identity, from_json, identify, require_same
 from fewshot_asam.meta import MetaLearner
 from fewshot_asam.prepare import build_learner
+from fewshot_asam.progress import Progress
 from fewshot_asam.settings import filled
 
 EVALUATION_SEED = 0
@@ -45,22 +45,6 @@ MOST_STEPS = 2**24
 
 class Diverged(FewShotError):
     """A loss or a meta-gradient is not finite."""
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds beside tensors."""
-
-    iteration: int = 0
-    validated: int = 0
-    """the iteration of the last validation"""
-    rows: int = 0
-    """lines of metrics.jsonl"""
-    best_accuracy: float = -1.0
-    best_iteration: int = 0
-    seconds: float = 0.0
-    engine: str = ""
-    """what `auto` chose, so that a resumed run goes on in the same way"""
 
 
 @dataclass
@@ -195,7 +179,7 @@ class Trainer:
         try:
             if int(Path(name).stem) != progress.iteration:
                 raise ValueError(f"it is of iteration {progress.iteration}")
-            if problem := _impossible(progress) or self._unlike(tensors, progress):
+            if problem := progress.problem() or self._unlike(tensors, progress):
                 raise ValueError(problem)
             self.progress, self.unlogged, self.best = progress, tensors["unlogged"], _below("best", tensors)
             self.learner.model.load_state_dict(_below("model", tensors))
@@ -236,23 +220,6 @@ class Trainer:
     def _parameters(self, progress: Progress) -> dict[int, Tensor]:
         """The parameters, by number, of which the optimiser has a state then."""
         return dict(enumerate(p.detach() for p in self.learner.parameters())) if progress.iteration else {}
-
-
-def _impossible(progress: Progress) -> str:
-    """What is wrong with the progress that a state speaks of; empty where nothing is."""
-    bounds = {
-        "iteration": (0, LARGEST_COUNT),
-        "validated": (0, progress.iteration),
-        "best_iteration": (0, progress.validated),
-        "rows": (0, 2 * progress.iteration),
-        "best_accuracy": (0, 1) if progress.best_iteration else (-1, -1),
-        "seconds": (0, LARGEST_RATE),
-    }
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(progress, name) <= most:
-            return f"{name} is {getattr(progress, name)}, not within {least} and {most}"
-    known = ("", *get_args(EngineName))
-    return "" if progress.engine in known else f"engine is {progress.engine!r}"
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Weights:
