@@ -212,7 +212,7 @@ EVALUATIONS = [
     ("run queries", "run has queries 2 and queries 1; runs that are compared must share it"),
     ("run unweighted", "unweighted/best.safetensors does not exist"),
     ("run damaged", "damaged/best.safetensors is damaged"),
-    ("run wider", "wider/best.safetensors holds the weights of another model"),
+    ("run wider", "wider/best.safetensors was made with hidden 4, but the run's setting is 8"),
     ("newer", "newer/config.yaml is of another version: there is no setting 'dropout'"),
     ("cut", "cut/config.yaml lacks"),
     ("garbled", "garbled/config.yaml is not a YAML file of settings"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -183,6 +184,24 @@ def test_counts_are_positive(name: str) -> None:
         ({"test_tasks": 10**30}, "at most 1,000,000,000"),
         ({"output_dir": Path("a\nb")}, "output_dir is 'a"),
         ({"data_root": Path("a\udcff")}, "data_root is 'a"),
+        ({"iterations": 10.5}, "iterations is 10.5; expected a whole number"),
+        ({"iterations": "10"}, "iterations is '10'; expected a whole number"),
+        ({"iterations": True}, "iterations is True; expected a whole number"),
+        ({"iterations": np.float64(10)}, "iterations is np.float64\\(10.0\\); expected a whole number"),
+        ({"hidden": 10**5000}, "hidden is a number of very many digits; expected a whole number"),
+        ({"inner_lr": "0.1"}, "inner_lr is '0.1'; expected a number"),
+        ({"inner_lr": 10**400}, "inner_lr is 1000.*; expected a number"),
+        ({"clip_grad": True}, "clip_grad is True; expected a number"),
+        ({"first_order": 1}, "first_order is 1; expected true or false"),
+        ({"inner": "mamml"}, "inner is 'mamml'; expected one of maml, .*; did you mean maml\\?"),
+        ({"inner": ["maml"]}, "inner is \\['maml'\\]; expected one of maml, "),
+        ({"channels": True}, "channels is True; expected one of 1, 3"),
+        ({"split_fractions": (0.5, 0.5)}, "split_fractions is .*; expected a list of 3, each a number"),
+        ({"split_fractions": "abc"}, "split_fractions is 'abc'; expected a list of 3"),
+        ({"output_dir": 3}, "output_dir is 3; expected a path"),
+        ({"output_dir": ""}, "output_dir is ''; expected a path"),
+        ({"output_dir": b"runs"}, "output_dir is b'runs'; expected a path"),
+        ({"output_dir": "~nobody-of-this-name/x"}, "home folder"),
         ({"dataset": "glyphs", "image_size": 28}, "image_size is given, but dataset is 'glyphs'"),
         ({"dataset": "omniglot", "split_csv": Path("a.csv")}, "split_csv is given, but dataset is 'omniglot'"),
     ],
@@ -190,6 +209,28 @@ def test_counts_are_positive(name: str) -> None:
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(FewShotError, match=message):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("output_dir", "runs/x", Path("runs/x")),
+        ("data_root", "~/data", Path.home() / "data"),
+        ("output_dir", PurePosixPath("runs/x"), Path("runs/x")),
+        ("iterations", np.int64(10), 10),
+        ("inner_lr", 1, 1.0),
+        ("inner_lr", np.float32(0.5), 0.5),
+        ("inner", np.str_("maml"), "maml"),
+    ],
+)
+def test_what_stands_for_a_setting_is_taken_as_one(tmp_path: Path, name: str, given: object, expected: object) -> None:
+    """By `replace` too; what is stored is plain, so that it comes back from YAML."""
+    config = replace(TrainConfig(), **{name: given})
+    assert getattr(config, name) == expected
+    assert isinstance(getattr(config, name), type(expected))
+    assert getattr(TrainConfig(**{name: given}), name) == expected
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
 
 
 def test_every_switch_reaches_the_learner() -> None:

@@ -169,13 +169,6 @@ def _parsed(parser: Parser, words: Sequence[str]) -> Any:
         raise FewShotError(f"{explained(str(error), types(parser))} (--help lists the options)") from error
 
 
-def existing_run(folder: str) -> Path:
-    """A folder given on the command line that must hold a run."""
-    if not (Path(folder) / "config.yaml").is_file():
-        raise FewShotError(f"{folder} is not the folder of a run of train_maml (it has no config.yaml)")
-    return Path(folder)
-
-
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     if distributed.is_first():
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
