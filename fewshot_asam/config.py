@@ -16,6 +16,7 @@ from fewshot_asam.data import DATASETS
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
 from fewshot_asam.errors import FewShotError, require_one_of
+from fewshot_asam.initial import Init
 from fewshot_asam.inner import Rule, RuleName
 from fewshot_asam.meta import Norm
 from fewshot_asam.models import Adapt, ModelName
@@ -57,6 +58,10 @@ class TrainConfig:
     """network"""
     hidden: int = 32
     """filters of the network's first block"""
+    init: Init = "xavier"
+    """initial weights: PyTorch's own (pytorch), Glorot's uniform ones (xavier), or a truncated normal of 0.02"""
+    head_init: Literal["default", "zeros", "zeros_every_task"] = "default"
+    """the head starts like the other layers, from zeros, or anew from zeros in every task, tests included"""
     norm: Norm = "transductive"
     """norm layers use the queries' own batch statistics (transductive) or the support set's (inductive)"""
 
@@ -136,6 +141,8 @@ class TrainConfig:
         require_one_of("dataset", self.dataset, DATASETS)
         require_one_of("schedule", self.schedule, ("constant", "cosine"))
         require_one_of("precision", self.precision, get_args(Precision))
+        require_one_of("init", self.init, get_args(Init))
+        require_one_of("head_init", self.head_init, ("default", "zeros", "zeros_every_task"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         for name in COUNTS:
             require_count(name, getattr(self, name))

@@ -130,6 +130,8 @@ class MetaLearner(nn.Module):
       choice), an `augment`ed copy, or a `split` of it. With `duplicate` Agnostic-SAM differs from Sharp-MAML_low of
       radius `rho` only by a term of order `rho**2`.
     - `norm`: `transductive` (queries are normalised together) or `inductive` (with the support set's statistics).
+    - `zero_head`: the head, the last layer, starts every task from zeros and is not meta-learned (the zeroing trick of
+      Kao et al., 2022): the order in which a task numbers its classes then changes nothing.
     - `engine`: how `meta_loss` runs: `loop` over tasks, `vmap`, or `auto`, which chooses by device and model.
     - `compiled`: whether the inner gradient and the query loss are compiled by `torch.compile` for training.
     - `recompute`: whether the backward pass runs each inner step anew, so that memory does not grow with the steps.
@@ -146,6 +148,7 @@ class MetaLearner(nn.Module):
         adapt: Adapt = "all",
         validation: Validation = "duplicate",
         norm: Norm = "transductive",
+        zero_head: bool = False,
         engine: EngineName = "auto",
         compiled: bool = False,
         recompute: bool = False,
@@ -168,7 +171,14 @@ class MetaLearner(nn.Module):
         self.compiled = compiled
         self.recompute = recompute
         self._vectorised = False
-        self.lower = LowerLevel(model, rule, lr, adapted_names(model, adapt), validation, norm == "inductive")
+        adapted = adapted_names(model, adapt)
+        zeroed = adapted_names(model, "head") if zero_head else ()
+        if not set(zeroed) <= set(adapted):
+            raise FewShotError(
+                f"with adapt {adapt!r} a head that starts every task from zeros would stay there; expected an adapt "
+                "that includes the head, such as 'all'"
+            )
+        self.lower = LowerLevel(model, rule, lr, adapted, validation, norm == "inductive", zeroed)
 
     @property
     def rule(self) -> Rule:
@@ -180,9 +190,8 @@ class MetaLearner(nn.Module):
         return self.model(x)  # type: ignore[no-any-return]
 
     def clone(self) -> Task:
-        """A task that starts at the meta-parameters; gradients flow back to them."""
-        named = dict(self.model.named_parameters())
-        return Task(self.lower, {name: named[name] for name in self.lower.adapted})
+        """A task that starts at the meta-parameters, its head at zero with `zero_head`; gradients flow back to them."""
+        return Task(self.lower, engines.initial_parameters(self.lower))
 
     def meta_loss(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
         """Adapts to every task and evaluates its queries; `loss.backward()` gives the meta-gradient.
