@@ -138,6 +138,13 @@ def test_a_zeroed_head_is_the_same_vectorised_and_recomputed(name: str) -> None:
         assert deviation(meta_gradient(learner, episodes()), expected) < 1e-10
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_the_meta_gradient_at_a_stored_head_of_zeros_is_of_the_usual_size(name: str) -> None:
+    """The first inner gradient of all layers below such a head is 0, and ASAM scales that of the head by 0."""
+    model = build_model("conv4", 3, SHAPE, 4, 0, head_init="zeros").double()
+    assert 0.01 < meta_gradient(MetaLearner(model, 0.1, RULES[name]), episodes(), 1).norm() < 100
+
+
 def relabelled(batch: Episodes, order: Tensor) -> Episodes:
     """The same images in the same places, class `n` called `order[n]`."""
     return Episodes(batch.support_x, order[batch.support_y], batch.query_x, order[batch.query_y])
