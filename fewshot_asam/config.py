@@ -58,9 +58,9 @@ class TrainConfig:
     """network"""
     hidden: int = 32
     """filters of the network's first block"""
-    init: Init = "xavier"
+    init: Init = "pytorch"
     """initial weights: PyTorch's own (pytorch), Glorot's uniform ones (xavier), or a truncated normal of 0.02"""
-    head_init: Literal["default", "zeros", "zeros_every_task"] = "default"
+    head_init: Literal["default", "zeros", "zeros_every_task"] = "zeros_every_task"
     """the head starts like the other layers, from zeros, or anew from zeros in every task, tests included"""
     norm: Norm = "transductive"
     """norm layers use the queries' own batch statistics (transductive) or the support set's (inductive)"""

@@ -176,7 +176,7 @@ class MetaLearner(nn.Module):
         if not set(zeroed) <= set(adapted):
             raise FewShotError(
                 f"with adapt {adapt!r} a head that starts every task from zeros would stay there; expected an adapt "
-                "that includes the head, such as 'all'"
+                "that includes the head, such as 'all', or zero_head False (--head-init default or zeros)"
             )
         self.lower = LowerLevel(model, rule, lr, adapted, validation, norm == "inductive", zeroed)
 

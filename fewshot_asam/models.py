@@ -116,7 +116,7 @@ class Conv4(nn.Module):
     """
 
     def __init__(
-        self, ways: int, image_shape: Shape, hidden: int = 64, init: Init = "xavier", head_init: HeadInit = "default"
+        self, ways: int, image_shape: Shape, hidden: int = 64, init: Init = "pytorch", head_init: HeadInit = "default"
     ) -> None:
         super().__init__()
         channels, height, width = _checked(image_shape, hidden)
@@ -158,7 +158,7 @@ class ResNet12(nn.Module):
     """
 
     def __init__(
-        self, ways: int, image_shape: Shape, hidden: int = 64, init: Init = "xavier", head_init: HeadInit = "default"
+        self, ways: int, image_shape: Shape, hidden: int = 64, init: Init = "pytorch", head_init: HeadInit = "default"
     ) -> None:
         super().__init__()
         channels, _, _ = _checked(image_shape, hidden)
@@ -185,7 +185,7 @@ def build_model(
     image_shape: Shape,
     hidden: int,
     seed: int,
-    init: Init = "xavier",
+    init: Init = "pytorch",
     head_init: HeadInit = "default",
 ) -> nn.Module:
     """A `Conv4` or `ResNet12` whose initial weights depend on `seed` alone."""

@@ -17,6 +17,7 @@ from fewshot_asam.cli import train_maml
 from fewshot_asam.config import TrainConfig
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.initial import initialise
+from fewshot_asam.inner import Rule
 from fewshot_asam.models import build_model
 from fewshot_asam.prepare import build_learner
 from problems import RULES, SHAPE, deviation, episodes, meta_gradient, shifted, smooth_net
@@ -159,6 +160,22 @@ def test_other_names_for_the_classes_permute_the_logits_of_a_zeroed_head(name: s
     assert deviation(after[..., order], before) < 1e-12
     before, after = (usual.meta_loss(one, steps).logits for one in (batch, relabelled(batch, order)))
     assert deviation(after[..., order], before) > 1e-3
+
+
+def in_steps(rule: Rule, steps: int, **options: Any) -> Tensor:
+    learner = MetaLearner(smooth_net(), 0.4, rule, zero_head=True, **options)
+    return torch.cat([learner.meta_loss(episodes(), steps).logits.flatten(), meta_gradient(learner, episodes(), steps)])
+
+
+def test_from_a_zeroed_head_maml_s_first_step_is_anil_s_and_asam_s_is_maml_s() -> None:
+    """Nothing below such a head has a gradient yet, and ASAM scales the head's perturbation by 0."""
+    maml, asam, sam = Rule("maml"), RULES["sharp_maml_low adaptive"], RULES["sharp_maml_low"]
+    assert deviation(in_steps(maml, 1), in_steps(maml, 1, adapt="head")) < 1e-12
+    assert deviation(in_steps(asam, 1), in_steps(maml, 1)) < 1e-12
+    for first, second in ((asam, maml), (sam, maml)):
+        assert deviation(in_steps(first, 2), in_steps(second, 2)) > 1e-4
+    assert deviation(in_steps(maml, 2), in_steps(maml, 2, adapt="head")) > 1e-4
+    assert deviation(in_steps(sam, 1), in_steps(maml, 1)) > 1e-4
 
 
 def test_a_zeroed_head_must_be_adapted() -> None:
