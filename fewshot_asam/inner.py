@@ -96,7 +96,7 @@ def step(
     memory: Params,
     train_loss: Loss,
     val_loss: Loss | None,
-    lr: float,
+    lr: float | Tensor,
     gradient: Gradient,
     vectorise: Vectorise = _of_one_task,
 ) -> tuple[Params, Params]:

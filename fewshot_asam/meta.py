@@ -9,23 +9,23 @@ out = learner.meta_loss(episodes, steps=5)      # the same for a batch of tasks
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fewshot_asam import engine as engines
 from fewshot_asam import inner
 from fewshot_asam.engine import Batch, EngineName, LowerLevel, MetaOutput, Way
+from fewshot_asam.engine.functional import FunctionalModel
+from fewshot_asam.engine.trials import Trials
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Loss, Rule
-from fewshot_asam.models import Adapt, VectorisableOnly, adapted_names, require_stateless, takes_support
+from fewshot_asam.models import Adapt, adapted_names, require_stateless, takes_support
 from fewshot_asam.perturb import Params
 from fewshot_asam.validation import Validation
 
@@ -37,12 +37,14 @@ Run = Callable[[LowerLevel, Batch, int, Way], MetaOutput]
 class Network:
     """The model with other values for its adapted parameters: call it as you would call the model."""
 
-    model: nn.Module
+    model: FunctionalModel
     params: Params
+    trials: Trials
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the model returns for these arguments."""
-        return functional_call(self.model, self.params, args, kwargs)  # type: ignore[no-any-return]
+        self.trials.require(engines.Way("loop"), (args, kwargs))
+        return self.model(self.params, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 Closure = Callable[[Network], Tensor]
@@ -55,8 +57,9 @@ class Task:
     model's own parameters.
     """
 
-    def __init__(self, lower: LowerLevel, params: Params) -> None:
+    def __init__(self, lower: LowerLevel, params: Params, trials: Trials) -> None:
         self._lower = lower
+        self._trials = trials
         self.params = params
         self._memory: Params = {}
 
@@ -66,7 +69,7 @@ class Task:
         An inductive learner is called as `task(x, support=images)`: the norm uses the statistics of those images.
         """
         if not self._lower.inductive:
-            return Network(self._lower.model, self.params)(*args, **kwargs)
+            return self._network(self.params)(*args, **kwargs)
         if support is None:
             raise FewShotError("an inductive learner predicts with the support set's statistics; pass support=images")
         return engines.predict(self._lower.model, self.params, args[0], support)
@@ -83,6 +86,8 @@ class Task:
         **Returns:** the task itself. Raises `FewShotError` for a loss tensor with a rule that needs a closure.
         """
         lower = self._lower
+        if torch.is_inference_mode_enabled():
+            raise FewShotError("adapt was called in inference mode, which takes no gradients; use torch.no_grad()")
         if isinstance(loss, Tensor):
             self.params = self._step_down(loss, steps)
             return self
@@ -97,7 +102,10 @@ class Task:
         return self
 
     def _loss(self, closure: Closure) -> Loss:
-        return lambda params: closure(Network(self._lower.model, params))
+        return lambda params: closure(self._network(params))
+
+    def _network(self, params: Params) -> Network:
+        return Network(self._lower.model, params, self._trials)
 
     def _step_down(self, loss: Tensor, steps: int) -> Params:
         if self._lower.rule.name != "maml" or steps != 1:
@@ -121,77 +129,99 @@ class MetaLearner(nn.Module):
 
     **Arguments:**
 
-    - `model`: any `nn.Module` from images to logits; its norm layers must not keep running statistics.
-    - `lr`: inner learning rate alpha.
+    - `model`: any `nn.Module` from images to logits; its norm layers must not move running statistics.
+    - `lr`: inner learning rate alpha; an `nn.Parameter` of one number is meta-learned with the model.
     - `rule`: the lower-level step with its switches.
     - `adapt`: which parameters the inner loop changes: `all` (MAML), `head` (ANIL: the last layer), `body` (BOIL: all
-      but the last layer), `no_norm` (norm layers are meta-learned only, as in Sharp-MAML's code).
+      but the last layer), `no_norm` (norm layers are meta-learned only, as in Sharp-MAML's code), or a list of names
+      and patterns such as `["fc.*"]`. `adapted` says which they are.
     - `validation`: where Agnostic-SAM's `L_v` comes from in `meta_loss`: a `duplicate` of the support set (the paper's
       choice), an `augment`ed copy, or a `split` of it. With `duplicate` Agnostic-SAM differs from Sharp-MAML_low of
       radius `rho` only by a term of order `rho**2`.
     - `norm`: `transductive` (queries are normalised together) or `inductive` (with the support set's statistics).
-    - `zero_head`: the head, the last layer, starts every task from zeros and is not meta-learned (the zeroing trick of
-      Kao et al., 2022): the order in which a task numbers its classes then changes nothing.
+    - `zero_head`: the head, the last layer or what is named as for `adapt`, starts every task from zeros and is not
+      meta-learned (the zeroing trick of Kao et al., 2022): how a task numbers its classes then changes nothing.
     - `engine`: how `meta_loss` runs: `loop` over tasks, `vmap`, or `auto`, which chooses by device and model.
     - `compiled`: whether the inner gradient and the query loss are compiled by `torch.compile` for training.
     - `recompute`: whether the backward pass runs each inner step anew, so that memory does not grow with the steps.
+    - `check`: whether a model that is not of this package is tried on its first images, in double precision: its
+      gradient and second derivative against finite differences (about ten passes of four images, once).
 
-    Raises `FewShotError` for values out of range and for models that cannot be adapted so.
+    All of them are attributes that may be set later. Several threads may use one learner.
+
+    Raises `FewShotError` for values out of range and for models that cannot be adapted so; on the first images, for a
+    model that PyTorch would differentiate wrongly or cannot differentiate, with the layer's name and what to do.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | nn.Parameter,
         rule: Rule,
         *,
-        adapt: Adapt = "all",
+        adapt: Adapt | Sequence[str] = "all",
         validation: Validation = "duplicate",
         norm: Norm = "transductive",
-        zero_head: bool = False,
+        zero_head: bool | Sequence[str] = False,
         engine: EngineName = "auto",
         compiled: bool = False,
         recompute: bool = False,
+        check: bool = True,
     ) -> None:
         super().__init__()
-        require_stateless(model)
-        require_one_of("validation", validation, get_args(Validation))
-        require_one_of("norm", norm, get_args(Norm))
-        require_one_of("engine", engine, get_args(EngineName))
-        if not 0 < lr < float("inf"):
-            raise FewShotError(f"the inner learning rate is {lr}; expected a finite number above 0")
-        if norm == "inductive" and not takes_support(model):
-            raise FewShotError(
-                f"{type(model).__name__}.forward takes no `support`, the number of images that give the statistics, "
-                "which norm 'inductive' needs; Conv4 and ResNet12 do. A model without batch norm needs no such mode"
-            )
         self.model = model
+        self.lr = lr
+        self.rule = rule
+        self.adapt = adapt
+        self.validation = validation
         self.norm = norm
+        self.zero_head = zero_head
         self.engine = engine
         self.compiled = compiled
         self.recompute = recompute
-        self._vectorised = False
-        adapted = adapted_names(model, adapt)
-        zeroed = adapted_names(model, "head") if zero_head else ()
-        if not set(zeroed) <= set(adapted):
-            raise FewShotError(
-                f"with adapt {adapt!r} a head that starts every task from zeros would stay there; expected an adapt "
-                "that includes the head, such as 'all', or zero_head False (--head-init default or zeros)"
-            )
-        self.lower = LowerLevel(model, rule, lr, adapted, validation, norm == "inductive", zeroed)
+        self.check = check
+        self._lower: LowerLevel | None = None
+        self._settings: tuple[Any, ...] = ()
+        self._trials: Trials | None = None
+        self.lower  # noqa: B018  its own checks
 
     @property
-    def rule(self) -> Rule:
-        """The lower-level rule with its switches."""
-        return self.lower.rule
+    def lower(self) -> LowerLevel:
+        """The settings of the lower level as they are now; made anew, and checked, when one of them has changed."""
+        layout = [(name, value.requires_grad) for name, value in self.model.named_parameters()]
+        settings = (self.model, self.lr, self.rule, self.adapt, self.validation, self.norm, self.zero_head)
+        known = len(self._settings) > 0 and layout == self._settings[-1]
+        if self._lower is None or not known or any(a is not b for a, b in zip(settings, self._settings, strict=False)):
+            self._lower, self._settings = _lower_level(*settings), (*settings, layout)
+            self._trials = None
+        return self._lower
+
+    @property
+    def trials(self) -> Trials:
+        """What is known of the model's derivatives."""
+        lower = self.lower
+        if self._trials is None:
+            self._trials = Trials(lower, self.adapt)
+        self._trials.wanted = self.check
+        return self._trials
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Names of the parameters that the inner loop changes."""
+        return self.lower.adapted
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes what is compiled and known of its model for itself."""
+        return {**self.__dict__, "_lower": None, "_settings": (), "_trials": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """The unadapted model's logits."""
-        return self.model(x)  # type: ignore[no-any-return]
+        return self.lower.model({}, x)  # type: ignore[no-any-return]
 
     def clone(self) -> Task:
         """A task that starts at the meta-parameters, its head at zero with `zero_head`; gradients flow back to them."""
-        return Task(self.lower, engines.initial_parameters(self.lower))
+        lower = self.lower
+        return Task(lower, engines.initial_parameters(lower), self.trials)
 
     def meta_loss(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
         """Adapts to every task and evaluates its queries; `loss.backward()` gives the meta-gradient.
@@ -212,35 +242,77 @@ class MetaLearner(nn.Module):
 
     def meta_backward(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
         """`meta_loss(...).loss.backward()` in less memory: task by task where the engine is `loop`."""
+        if not torch.is_grad_enabled():
+            raise FewShotError("meta_backward was called without gradients, under torch.no_grad(); use meta_loss there")
         return self._run(engines.meta_backward, self.batch(episodes, generator), _checked(steps))
 
     def _run(self, function: Run, tasks: Batch, steps: int) -> MetaOutput:
-        """Where `auto` chose to vectorise a model that cannot be, it says so and goes on task by task."""
-        way = self.way(tasks)
-        first = way.tasks == "vmap" and not way.compiled and not self._vectorised
+        if torch.is_inference_mode_enabled():  # the inner steps need gradients, which its tensors cannot have
+            with torch.inference_mode(False), torch.no_grad():
+                return self._run(function, tasks.copied(), steps)
         try:
-            with VectorisableOnly() if first else nullcontext():
-                result = function(self.lower, tasks, steps, way)
-            self._vectorised |= first
-            return result
-        except RuntimeError as error:
-            if self.engine != "auto" or way.tasks == "loop" or "memory" in str(error):
-                raise
-            result = function(self.lower, tasks, steps, replace(way, tasks="loop"))
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            warnings.warn(f"tasks run one by one, as the model cannot be vectorised: {reason}", stacklevel=3)
-            self.engine = "loop"
-            return result
+            output = function(self.lower, tasks, steps, self.way(tasks))
+        except IndexError as error:  # of the loss
+            raise FewShotError(
+                f"a label fits none of the model's logits ({error}); expected labels 0 to N-1"
+            ) from error
+        return output
 
     def batch(self, episodes: Episodes, generator: torch.Generator | None = None) -> Batch:
         """The tensors that the lower level and the queries need, validation sets drawn."""
         return engines.batch(self.lower, episodes, generator)
 
     def way(self, tasks: Batch) -> Way:
-        """How these tasks are run; raises `FewShotError` where that would give wrong gradients."""
-        images = tasks.query[0]
-        choice = engines.choose(self.engine, self.model, images.device, images.shape[-1])
-        return Way(choice.name, self.compiled, self.recompute)
+        """How these tasks are run; raises `FewShotError` where the model could not be differentiated rightly so."""
+        images = tasks.inner[0]
+        name = engines.choose(self.engine, self.model, images.device, images.shape[-1]).name
+        way = Way(name, self.compiled and torch.is_grad_enabled(), self.recompute and torch.is_grad_enabled())
+        call: Any = ((images[0],), {})
+        if self.engine == "auto" and name == "vmap" and not self.trials.vectorises(way, call):
+            way = replace(way, tasks="loop")
+        self.trials.require(way, call)
+        return way
+
+
+def _lower_level(
+    model: nn.Module,
+    lr: float | Tensor,
+    rule: Rule,
+    adapt: Adapt | Sequence[str],
+    validation: Validation,
+    norm: Norm,
+    zero_head: bool | Sequence[str],
+) -> LowerLevel:
+    """The settings, checked."""
+    require_stateless(model)
+    require_one_of("validation", validation, get_args(Validation))
+    require_one_of("norm", norm, get_args(Norm))
+    _require_rate(lr)
+    if norm == "inductive" and not takes_support(model):
+        raise FewShotError(
+            f"{type(model).__name__}.forward takes no `support`, the number of images that give the statistics, "
+            "which norm 'inductive' needs; Conv4 and ResNet12 do. A model without batch norm needs no such mode"
+        )
+    adapted = adapted_names(model, adapt)
+    zeroed = adapted_names(model, "head" if zero_head is True else zero_head) if zero_head else ()
+    if not set(zeroed) <= set(adapted):
+        raise FewShotError(
+            f"with adapt {adapt!r} a head that starts every task from zeros would stay there; expected an adapt "
+            "that includes the head, such as 'all', or zero_head False (--head-init default or zeros)"
+        )
+    return LowerLevel(FunctionalModel(model), rule, lr, adapted, validation, norm == "inductive", zeroed)
+
+
+def _require_rate(lr: float | Tensor) -> None:
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or not lr.is_floating_point()):
+        raise FewShotError(
+            f"the inner learning rate is a {lr.dtype} tensor of shape {list(lr.shape)}; expected one number"
+        )
+    value = float(lr.detach()) if isinstance(lr, Tensor) else lr
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise FewShotError(f"the inner learning rate is {lr!r}; expected a number above 0")
+    if not math.isfinite(value) or (value <= 0 and not isinstance(lr, nn.Parameter)):
+        raise FewShotError(f"the inner learning rate is {value}; expected a finite number above 0")
 
 
 class MAML(MetaLearner):
@@ -249,7 +321,9 @@ class MAML(MetaLearner):
     **Arguments:** `model`, `lr`, `first_order` (FOMAML), and those of `MetaLearner`.
     """
 
-    def __init__(self, model: nn.Module, lr: float, *, first_order: bool = False, **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float | nn.Parameter, *, first_order: bool = False, **options: Any
+    ) -> None:
         super().__init__(model, lr, Rule("maml", first_order=first_order), **options)
 
 
@@ -259,7 +333,7 @@ class SharpMAML(MetaLearner):
     **Arguments:** `model`, `lr`, `rho` (radius), those of `MetaLearner`, and `Rule`'s switches.
     """
 
-    def __init__(self, model: nn.Module, lr: float, *, rho: float = 5e-4, **options: Any) -> None:
+    def __init__(self, model: nn.Module, lr: float | nn.Parameter, *, rho: float = 5e-4, **options: Any) -> None:
         switches = _take(options, "through_perturbation", "adaptive", "first_order")
         super().__init__(model, lr, Rule("sharp_maml_low", rho=rho, **switches), **options)
 
@@ -274,7 +348,7 @@ class MetaAgnosticSAM(MetaLearner):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | nn.Parameter,
         *,
         rho: float = 5e-4,
         rho1: float | None = None,

@@ -7,15 +7,16 @@ which is how an inductive prediction is made without knowledge of the other quer
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fewshot_asam import fused
 from fewshot_asam.errors import FewShotError, require_one_of
@@ -176,6 +177,8 @@ class ResNet12(nn.Module):
 
 Adapt = Literal["all", "head", "body", "no_norm"]
 """Which parameters the inner loop changes."""
+OURS = (Conv4, ResNet12)
+"""Models whose derivatives the tests compare with finite differences, so that nobody else needs to."""
 ModelName = Literal["conv4", "resnet12"]
 
 
@@ -202,18 +205,19 @@ def takes_support(model: nn.Module) -> bool:
 
 
 def norm_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that normalise."""
-    kinds = (TaskNorm, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-    return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    """Names of the layers that normalise, by their class's name: BatchNorm2d, GroupNorm, TaskNorm ..."""
+    return [name for name, layer in model.named_modules() if re.search(r"Norm(\dd)?$", type(layer).__name__)]
 
 
-def adapted_names(model: nn.Module, adapt: Adapt) -> tuple[str, ...]:
+def adapted_names(model: nn.Module, adapt: Adapt | Sequence[str]) -> tuple[str, ...]:
     """Names of the trainable parameters that the inner loop changes; see `meta.MetaLearner`."""
-    require_one_of("adapt", adapt, get_args(Adapt))
     names = [name for name, value in model.named_parameters() if value.requires_grad]
-    owners = {name: name.rpartition(".")[0] for name in names}
     if not names:
         raise FewShotError(f"{type(model).__name__} has no trainable parameter; there is nothing to adapt")
+    if not isinstance(adapt, str):
+        return _matching(names, adapt, model)
+    require_one_of("adapt", adapt, get_args(Adapt))
+    owners = {name: name.rpartition(".")[0] for name in names}
     head, norms = owners[names[-1]], set(norm_layers(model))
     chosen = {
         "all": names,
@@ -226,52 +230,36 @@ def adapted_names(model: nn.Module, adapt: Adapt) -> tuple[str, ...]:
     return tuple(chosen)
 
 
+def _matching(names: Sequence[str], patterns: Sequence[str], model: nn.Module) -> tuple[str, ...]:
+    """The names that one of the patterns fits, each of which must fit one."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise FewShotError(
+                f"adapt has {pattern!r}, which fits no trainable parameter of {type(model).__name__}; expected names "
+                f"or patterns such as {names[-1]!r} or '{names[-1].rpartition('.')[0] or names[-1]}*'"
+            )
+    chosen = tuple(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+    if not chosen:
+        raise FewShotError("adapt is empty; expected at least one name or pattern of parameters")
+    return chosen
+
+
 def fuses(model: nn.Module) -> bool:
     """Whether the model has blocks that run as `fused.conv_block` on a CPU of this machine."""
     return any(isinstance(layer, ConvBlock) for layer in model.modules()) and fused.available()
 
 
-def unvectorisable_layers(model: nn.Module) -> list[str]:
-    """Names of the layers whose second-order gradients are wrong under `vmap`: batch, instance and layer norm.
-
-    Group norm and RMS norm are right. `VectorisableOnly` sees what a model calls without such a layer.
-    """
-    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
-    return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
-
-
-class Unvectorisable(FewShotError, RuntimeError):
-    """A model calls a function whose second-order gradients are wrong under `vmap`."""
-
-
-class VectorisableOnly(TorchFunctionMode):
-    """Within it, a norm that `vmap` differentiates wrongly raises `Unvectorisable`, however it is called."""
-
-    REFUSED = (F.batch_norm, F.instance_norm, F.layer_norm, torch.batch_norm, torch.instance_norm, torch.layer_norm)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in self.REFUSED:
-            raise Unvectorisable(
-                f"the second-order gradients of {func.__name__}, which the model calls, are wrong under vmap; use "
-                "engine 'loop', or fewshot_asam.models.TaskNorm"
-            )
-        return func(*args, **(kwargs or {}))
-
-
 def require_stateless(model: nn.Module) -> None:
-    """Raises `FewShotError` naming a layer that keeps running statistics, which every inner step would move."""
+    """Raises `FewShotError` naming a layer that moves its running statistics, which every inner step would do.
+
+    A layer in `eval()` mode uses them and leaves them alone.
+    """
     for name, layer in model.named_modules():
-        if getattr(layer, "running_mean", None) is not None:
+        if layer.training and getattr(layer, "running_mean", None) is not None:
             raise FewShotError(
                 f"layer {name!r} ({type(layer).__name__}) keeps running statistics, which adaptation would leak from "
                 "task to task; expected norm layers on batch statistics: pass track_running_stats=False to them, or "
-                "the model to fewshot_asam.models.drop_running_statistics"
+                "the model to fewshot_asam.models.drop_running_statistics; to use them as they are, call .eval() on it"
             )
 
 

@@ -19,7 +19,6 @@ from fewshot_asam.distributed import PeerLost
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.evaluate import Interval, evaluate, interval
-from fewshot_asam.models import unvectorisable_layers
 from fewshot_asam.prepare import load_data, resolve_device
 from fewshot_asam.stop import Stop, Stopped
 from fewshot_asam.trainer import Trainer, build, evaluation_sampler
@@ -88,8 +87,6 @@ def _engine(trainer: Trainer) -> engine.Choice:
     config, learner = trainer.config, trainer.learner
     choice = engine.choose(config.engine, learner.model, trainer.device, trainer.dataset.train.shape[-1])
     if config.engine != "auto" or trainer.device.type != "cpu" or config.compiled:
-        return choice
-    if unvectorisable_layers(learner.model):
         return choice
     if trainer.progress.engine:
         return engine.Choice("vmap" if trainer.progress.engine == "vmap" else "loop", "as before")

@@ -20,7 +20,7 @@ from fewshot_asam.initial import initialise
 from fewshot_asam.inner import Rule
 from fewshot_asam.models import build_model
 from fewshot_asam.prepare import build_learner
-from problems import RULES, SHAPE, deviation, episodes, meta_gradient, shifted, smooth_net
+from problems import RULES, SHAPE, deviation, episodes, meta_gradient, seeded, shifted, smooth_net
 
 KINDS = [("conv4", 32), ("resnet12", 8)]
 
@@ -98,7 +98,7 @@ def test_zeroed_in_every_task_the_stored_head_changes_nothing_and_is_not_learned
         model = smooth_net()
         nn.init.constant_(model.head.weight, stored)
         nn.init.constant_(model.head.bias, stored)
-        learner = MetaAgnosticSAM(model, 0.1, rho=0.05, beta=0.9, zero_head=True, engine=engine)
+        learner = MetaAgnosticSAM(model, 0.1, rho=0.05, beta=0.9, zero_head=True, engine=engine, check=False)
         learner.meta_backward(batch, 2)
         assert not any(value.grad is not None and value.grad.any() for value in model.head.parameters())
         assert (model.head.weight == stored).all() or math.isnan(stored)
@@ -183,6 +183,27 @@ def test_a_zeroed_head_must_be_adapted() -> None:
         MAML(smooth_net(), 0.1, adapt="body", zero_head=True)
     for adapt in ("all", "head", "no_norm"):
         MAML(smooth_net(), 0.1, adapt=adapt, zero_head=True)
+
+
+class HeadFirst(nn.Module):
+    """Registers its last layer first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top, self.bottom = nn.Linear(4, 3), nn.Conv2d(1, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(F.softplus(self.bottom(x)).mean((2, 3)))
+
+
+def test_the_head_of_a_model_of_ones_own_is_checked_and_can_be_named() -> None:
+    model, batch = seeded(HeadFirst), episodes()
+    with pytest.raises(FewShotError, match=r"zero_head takes bottom\.bias, bottom\.weight for the head, but the"):
+        MAML(model, 0.1, zero_head=True, engine="loop").meta_loss(batch, 1)
+    learner = MAML(model, 0.1, zero_head=["top.*"])
+    assert not learner.meta_loss(batch, 0).logits.any()
+    learner.zero_head = False
+    assert learner.meta_loss(batch, 0).logits.any()
 
 
 def test_the_settings_reach_model_and_learner() -> None:

@@ -110,12 +110,18 @@ def test_zero_steps_is_the_unadapted_model() -> None:
 
 def test_a_batch_norm_without_running_statistics_runs_one_by_one() -> None:
     def network() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten())
+        norm = nn.BatchNorm2d(2, track_running_stats=False)
+        return nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), norm, nn.Flatten(), nn.Linear(98, 3)).double()
 
-    assert choose("auto", network(), torch.device("cpu"), 28).name == "loop"
-    assert choose("auto", network(), torch.device("cuda"), 28).name == "loop"
-    with pytest.raises(FewShotError, match=r"layer '1' \(BatchNorm2d\) are wrong under vmap; use engine 'loop'"):
-        choose("vmap", network(), torch.device("cpu"), 28)
+    by_auto, batch = MAML(network(), 0.1), episodes()
+    with pytest.warns(UserWarning, match=r"one by one: the second derivative of layer '1' \(BatchNorm2d\) by vmap is"):
+        assert by_auto.way(by_auto.batch(batch)).tasks == "loop"
+    assert by_auto.way(by_auto.batch(batch)).tasks == "loop"
+    vectorised = MAML(network(), 0.1, engine="vmap")
+    with pytest.raises(FewShotError, match=r"use engine='loop', or fewshot_asam.models.TaskNorm in its place"):
+        vectorised.meta_loss(batch, 1)
+    with torch.no_grad():  # its first derivative is right
+        assert vectorised.meta_loss(batch, 1).loss > 0
 
 
 @pytest.mark.parametrize(("device", "side", "name"), [("cpu", 28, "vmap"), ("cpu", 84, "loop"), ("cuda", 84, "vmap")])

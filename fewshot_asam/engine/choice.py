@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from fewshot_asam.errors import FewShotError, require_one_of
-from fewshot_asam.models import fuses, unvectorisable_layers
+from fewshot_asam.errors import require_one_of
+from fewshot_asam.models import fuses
 
 Tasks = Literal["loop", "vmap"]
 EngineName = Literal["auto", "loop", "vmap"]
@@ -32,21 +32,10 @@ class Choice(NamedTuple):
 
 
 def choose(engine: EngineName, model: nn.Module, device: torch.device, side: int) -> Choice:
-    """Which engine runs `model` on images of `side` pixels on `device`, by rule.
-
-    Raises `FewShotError` where `vmap` is asked for and would compute wrong second-order gradients.
-    """
+    """Which engine runs `model` on images of `side` pixels on `device`, by rule."""
     require_one_of("engine", engine, get_args(EngineName))
-    unsafe = unvectorisable_layers(model)
-    if engine == "vmap" and unsafe:
-        raise FewShotError(
-            f"the second-order gradients of layer {unsafe[0]!r} ({_kind(model, unsafe[0])}) are wrong under vmap; "
-            "use engine 'loop', or fewshot_asam.models.TaskNorm in its place"
-        )
     if engine != "auto":
         return Choice(engine, "as asked")
-    if unsafe:
-        return Choice("loop", f"vmap differentiates layer {unsafe[0]!r} ({_kind(model, unsafe[0])}) wrongly")
     if device.type != "cpu":
         return Choice("vmap", f"one task would not fill the {device.type} device")
     if fuses(model):
@@ -72,7 +61,3 @@ def _seconds(iterate: Callable[[Tasks], Any], name: Tasks) -> float:
     started = time.perf_counter()
     iterate(name)
     return time.perf_counter() - started
-
-
-def _kind(model: nn.Module, layer: str) -> str:
-    return type(model.get_submodule(layer)).__name__

@@ -1,36 +1,74 @@
-"""A step of which the graph is not kept: the backward pass runs it again."""
+"""A step of which the graph is not kept: the backward pass runs it again, on the same random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from fewshot_asam.errors import FewShotError
 
 
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function of nested tensors, whose inputs alone are kept for its gradient; differentiable once."""
+class Recomputed:
+    """The same function of nested tensors, whose inputs alone are kept for its gradient; differentiable once.
 
-    def run(*arguments: Any) -> Any:
+    Where the function draws random numbers, its generators' states are kept too: dropout drops the same units again.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.random = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function returns."""
         if not torch.is_grad_enabled():
-            return function(*arguments)
+            return self.function(*arguments)
         leaves, structure = pytree.tree_flatten(arguments)
         made: list[Any] = []
-        found = _Recomputed.apply(function, structure, made, *leaves)  # type: ignore[no-untyped-call]
+        found = _Recomputed.apply(self, structure, made, *leaves)  # type: ignore[no-untyped-call]
         return pytree.tree_unflatten(list(found), made[0])
 
-    return run
+
+class Randomness:
+    """The random generators' states at one moment, of the CPU and of the devices where tensors are."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*tensors)
+
+    def drawn_since(self, *tensors: Tensor) -> bool:
+        """Whether numbers were drawn from one of them since."""
+        now = Randomness(*tensors)
+        pairs = zip((self.cpu, *self.states), (now.cpu, *now.states), strict=True)
+        return any(not torch.equal(before, after) for before, after in pairs)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, the same numbers are drawn once more; afterwards the generators are as before."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            set_device_states(self.devices, self.states)
+            yield
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], structure: Any, made: list[Any], *leaves: Tensor) -> Any:
-        ctx.function, ctx.structure = function, structure
-        ctx.save_for_backward(*leaves)
-        values, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(list(leaves), structure)))
+    def forward(ctx: Any, step: Recomputed, structure: Any, made: list[Any], *leaves: Any) -> Any:
+        ctx.step, ctx.structure = step, structure
+        ctx.numbers = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        ctx.save_for_backward(*tensors)
+        randomness = None if _recording(step) else Randomness(*tensors)
+        values, spec = pytree.tree_flatten(step.function(*pytree.tree_unflatten(list(leaves), structure)))
+        drawn = randomness is not None and randomness.drawn_since(*tensors)
+        step.random |= drawn
+        ctx.again = randomness.again if randomness is not None and drawn else nullcontext
         made.append(spec)
         return tuple(values)
 
@@ -38,11 +76,26 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         needed = ctx.needs_input_grad[3:]
-        leaves = [leaf.detach().requires_grad_(need) for leaf, need in zip(ctx.saved_tensors, needed, strict=True)]
-        with torch.enable_grad():
-            values, _ = pytree.tree_flatten(ctx.function(*pytree.tree_unflatten(leaves, ctx.structure)))
+        saved = iter(ctx.saved_tensors)
+        leaves = [
+            next(saved).detach().requires_grad_(need) if number is None else number
+            for number, need in zip(ctx.numbers, needed, strict=True)
+        ]
+        with torch.enable_grad(), ctx.again():
+            values = pytree.tree_leaves(ctx.step.function(*pytree.tree_unflatten(leaves, ctx.structure)))
         pairs = [(value, grad) for value, grad in zip(values, grads, strict=True) if value.requires_grad]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         outputs, cotangents = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
         return None, None, None, *(next(found) if need else None for need in needed)
+
+
+def _recording(step: Recomputed) -> bool:
+    """Whether a CUDA graph is being recorded, which reads no generator's state; raises where `step` needs that."""
+    recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if recording and step.random:
+        raise FewShotError(
+            "the model draws random numbers (dropout), which a recorded CUDA graph cannot draw twice for recompute; "
+            "use cuda_graph false or recompute false"
+        )
+    return recording

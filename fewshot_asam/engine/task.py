@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from fewshot_asam import inner
+from fewshot_asam.engine.functional import FunctionalModel
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.inner import Gradient, Rule, Vectorise
 from fewshot_asam.perturb import Params
@@ -20,26 +20,28 @@ State = tuple[Params, Params]
 """The adapted parameters and the momentum of the validation gradient, which is empty where there is none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowerLevel:
     """What one task's adaptation needs to know, apart from its data.
 
     **Arguments:**
 
-    - `model`: called as `model(x)`; in inductive mode as `model(x, support=n)`.
+    - `model`: called with images; in inductive mode also with `support=n`.
     - `adapted`: names of the parameters that the inner loop changes.
-    - `lr`: inner learning rate alpha.
+    - `lr`: inner learning rate alpha; a tensor of one number where it is learned.
     - `inductive`: the support set alone gives the norm layers' statistics for the queries.
     - `zeroed`: names of the adapted parameters that start every task at zero, whatever the model's own values.
+    - `prepared`: what `engine.ways` keeps for these settings, such as compiled code.
     """
 
-    model: nn.Module
+    model: FunctionalModel
     rule: Rule
-    lr: float
+    lr: float | Tensor
     adapted: tuple[str, ...]
     validation: Validation = "duplicate"
     inductive: bool = False
     zeroed: tuple[str, ...] = ()
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 class Batch(NamedTuple):
@@ -65,6 +67,11 @@ class Batch(NamedTuple):
         """Some of the tasks."""
         return self._take(which)
 
+    def copied(self) -> Batch:
+        """The same numbers in tensors of their own."""
+        inner, query = (tuple(value.clone() for value in tensors) for tensors in self)
+        return Batch(inner, query)
+
     def _take(self, which: int | slice) -> Batch:
         inner, query = (tuple(value[which] for value in tensors) for tensors in self)
         return Batch(inner, query)
@@ -79,7 +86,7 @@ def batch(lower: LowerLevel, episodes: Episodes, generator: torch.Generator | No
 
 def initial_parameters(lower: LowerLevel) -> Params:
     """What a task adapts, before its first step: the meta-parameters, and zeros for those that are `zeroed`."""
-    named = dict(lower.model.named_parameters())
+    named = dict(lower.model.module.named_parameters())
     return {
         name: torch.zeros_like(named[name]).requires_grad_() if name in lower.zeroed else named[name]
         for name in lower.adapted
@@ -95,7 +102,7 @@ def initial_state(lower: LowerLevel) -> State:
 
 def shared_parameters(lower: LowerLevel) -> Params:
     """The trainable parameters that the inner loop leaves alone."""
-    named = lower.model.named_parameters()
+    named = lower.model.module.named_parameters()
     return {name: value for name, value in named if value.requires_grad and name not in lower.adapted}
 
 
@@ -103,7 +110,7 @@ def shared_parameters(lower: LowerLevel) -> Params:
 class SupportLoss:
     """The loss on labelled images `x`, `y` as a function of the adapted parameters; `shared` are the others."""
 
-    model: nn.Module
+    model: FunctionalModel
     shared: Params
     x: Tensor
     y: Tensor
@@ -112,7 +119,7 @@ class SupportLoss:
         return support_loss(self.model, self.shared, self.x, self.y, params)
 
 
-def support_loss(model: nn.Module, shared: Params, x: Tensor, y: Tensor, params: Params) -> Tensor:
+def support_loss(model: FunctionalModel, shared: Params, x: Tensor, y: Tensor, params: Params) -> Tensor:
     """What a `SupportLoss` computes."""
     return F.cross_entropy(predict(model, {**shared, **params}, x), y)
 
@@ -123,12 +130,13 @@ def step(
     vectorise: Vectorise,
     state: State,
     shared: Params,
+    lr: float | Tensor,
     data: tuple[Tensor, ...],
 ) -> State:
-    """One inner step on `Batch.inner`, of one task or, with a `gradient` and `vectorise` for that, of all."""
+    """One inner step of `lr` on `Batch.inner`, of one task or, with a `gradient` and `vectorise` for that, of all."""
     losses = [SupportLoss(lower.model, shared, x, y) for x, y in zip(data[::2], data[1::2], strict=True)]
     train_loss, val_loss = losses if len(losses) > 1 else (losses[0], None)
-    return inner.step(lower.rule, *state, train_loss, val_loss, lower.lr, gradient, vectorise)
+    return inner.step(lower.rule, *state, train_loss, val_loss, lr, gradient, vectorise)
 
 
 def query(lower: LowerLevel, state: State, shared: Params, data: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -138,9 +146,9 @@ def query(lower: LowerLevel, state: State, shared: Params, data: tuple[Tensor, .
     return F.cross_entropy(logits, y), logits
 
 
-def predict(model: nn.Module, params: Params, x: Tensor, support: Tensor | None = None) -> Tensor:
+def predict(model: FunctionalModel, params: Params, x: Tensor, support: Tensor | None = None) -> Tensor:
     """The model's logits with `params` in place of its own; `support` alone gives the norm's statistics if given."""
     if support is None:
-        return functional_call(model, params, (x,))  # type: ignore[no-any-return]
-    both = functional_call(model, params, (torch.cat([support, x]),), {"support": len(support)})
+        return model(params, x)  # type: ignore[no-any-return]
+    both = model(params, torch.cat([support, x]), support=len(support))
     return both[len(support) :]  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewshot_asam import inner
 from fewshot_asam.engine import task
-from fewshot_asam.engine.recompute import recomputed
+from fewshot_asam.engine.functional import FunctionalModel
+from fewshot_asam.engine.recompute import Recomputed
 from fewshot_asam.engine.task import Batch, LowerLevel, State
 from fewshot_asam.perturb import Params
 
@@ -38,7 +39,7 @@ class Way:
 class Parts(NamedTuple):
     """An inner step and the query loss, of one task or of all."""
 
-    step: Callable[[State, Params, tuple[Tensor, ...]], State]
+    step: Callable[[State, Params, float | Tensor, tuple[Tensor, ...]], State]
     query: Callable[[State, Params, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
 
 
@@ -47,10 +48,10 @@ def run(lower: LowerLevel, batch: Batch, steps: int, way: Way) -> Iterator[tuple
     state, shared = task.initial_state(lower), task.shared_parameters(lower)
     parts = _parts(lower, way if torch.is_grad_enabled() else Way(way.tasks))
     if way.tasks == "vmap":
-        yield _chain(parts, _copies(state, (batch.tasks,)), shared, batch, steps)
+        yield _chain(parts, _copies(state, (batch.tasks,)), shared, lower.lr, batch, steps)
     else:
         for index in range(batch.tasks):
-            yield _chain(parts, _copies(state, ()), shared, batch.task(index), steps)
+            yield _chain(parts, _copies(state, ()), shared, lower.lr, batch.task(index), steps)
 
 
 def _copies(state: State, tasks: tuple[int, ...]) -> State:
@@ -61,15 +62,22 @@ def _copies(state: State, tasks: tuple[int, ...]) -> State:
     return params, memory
 
 
-def _chain(parts: Parts, state: State, shared: Params, batch: Batch, steps: int) -> tuple[Tensor, Tensor]:
+def _chain(
+    parts: Parts, state: State, shared: Params, lr: float | Tensor, batch: Batch, steps: int
+) -> tuple[Tensor, Tensor]:
     for _ in range(steps):
-        state = parts.step(state, shared, batch.inner)
+        state = parts.step(state, shared, lr, batch.inner)
     return parts.query(state, shared, batch.query)
 
 
-@lru_cache(maxsize=16)
 def _parts(lower: LowerLevel, way: Way) -> Parts:
-    """Kept, since what is compiled belongs to the object that `torch.compile` returned."""
+    """Made once, since what is compiled belongs to the object that `torch.compile` returned."""
+    if way not in lower.prepared:
+        lower.prepared[way] = _made(lower, way)
+    return lower.prepared[way]  # type: ignore[no-any-return]
+
+
+def _made(lower: LowerLevel, way: Way) -> Parts:
     query: Callable[..., Any] = partial(task.query, lower)
     vectorise: Any = partial(torch.func.vmap, randomness="different") if way.tasks == "vmap" else _unchanged
     if way.tasks == "vmap":
@@ -78,9 +86,9 @@ def _parts(lower: LowerLevel, way: Way) -> Parts:
     if way.tasks == "vmap" or way.compiled:
         gradient = _support_gradient(lower, way)
     if way.compiled:
-        query = _Compiled(query, "query loss")
+        query = _Compiled(query, "query loss", lower.model)
     step = partial(task.step, lower, gradient, vectorise)
-    return Parts(recomputed(step) if way.recompute else step, query)
+    return Parts(Recomputed(step) if way.recompute else step, query)
 
 
 def _support_gradient(lower: LowerLevel, way: Way) -> inner.Gradient:
@@ -97,7 +105,7 @@ def _support_gradient(lower: LowerLevel, way: Way) -> inner.Gradient:
     if way.tasks == "vmap":
         function = torch.func.vmap(gradient, in_dims=(0, None, 0, 0), randomness="different")
     if way.compiled:
-        function = _Compiled(function, "inner gradient")
+        function = _Compiled(function, "inner gradient", lower.model)
     return lambda loss, params: function(params, loss.shared, loss.x, loss.y)  # type: ignore[attr-defined]
 
 
@@ -108,8 +116,8 @@ def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 class _Compiled:
     """A function compiled at its first call; where that cannot be done it says so and stays eager."""
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        self.eager, self.name = function, name
+    def __init__(self, function: Callable[..., Any], name: str, model: FunctionalModel) -> None:
+        self.eager, self.name, self.model = function, name, model
         self.function: Callable[..., Any] = torch.compile(function, fullgraph=True)
         self.works = False
 
@@ -117,7 +125,7 @@ class _Compiled:
         if self.function is self.eager:
             return self.eager(*arguments)
         try:
-            with warnings.catch_warnings():
+            with self.model.alone(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
                 result = self.function(*arguments)
             self.works = True

@@ -1,0 +1,81 @@
+"""A model as a function of its parameters: the one place where it is called with other values than its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.backends import cudnn, mha
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_SWAPPING = threading.RLock()
+"""Held while a model has other values, as PyTorch puts them into the module itself: threads take turns."""
+
+
+class FunctionalModel:
+    """`model(params, *args)`: what a module returns with `params` in place of its own values.
+
+    **Arguments:**
+
+    - `module`: any module. One that is registered under two names, and a parameter that several modules share, are
+      replaced everywhere they stand. `torch.func.functional_call` by itself puts a module of two names back wrongly.
+
+    Attention runs by kernels that have a second derivative, and recurrent layers outside cuDNN, which has none.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._places = _places(module)
+        self._recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+
+    def __call__(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What the module returns; `params` by the names of `named_parameters` and `named_buffers`."""
+        values = self._placed(params)
+        if torch.compiler.is_compiling():  # within `alone`, which cannot be compiled
+            return functional_call(self.module, values, args, kwargs, tie_weights=False)
+        with self.alone():
+            return functional_call(self.module, values, args, kwargs, tie_weights=False)
+
+    def replaced(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> set[str]:
+        """The names of those `params` that a call changes, in place or for other tensors."""
+        values = self._placed(params)
+        before = {place: (value, value._version) for place, value in values.items()}
+        with self.alone():
+            functional_call(self.module, values, args, kwargs, tie_weights=False)
+        changed = {
+            place
+            for place, (value, version) in before.items()
+            if values[place] is not value or value._version > version
+        }
+        return {name for name in params if changed.intersection(self._places[name])}
+
+    def _placed(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {place: value for name, value in params.items() for place in self._places[name]}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, no other thread has values of its own in the module, and kernels can be differentiated twice."""
+        with ExitStack() as held:
+            held.enter_context(_SWAPPING)
+            held.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if mha.get_fastpath_enabled():
+                mha.set_fastpath_enabled(False)
+                held.callback(mha.set_fastpath_enabled, True)
+            if self._recurrent:
+                held.enter_context(cudnn.flags(enabled=False))
+            yield
+
+
+def _places(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Where each parameter and buffer stands, by its first name: one name for each module that holds it."""
+    places: dict[int, list[str]] = {}
+    for path, layer in module.named_modules():
+        for name, value in (*layer._parameters.items(), *layer._buffers.items()):
+            if value is not None:
+                places.setdefault(id(value), []).append(f"{path}.{name}" if path else name)
+    return {found[0]: tuple(found) for found in places.values()}

@@ -1,0 +1,71 @@
+"""What is known of one model's derivatives: each way to run it is tried once, at its first use."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from fewshot_asam.engine.diagnosis import Call, Diagnosis, diagnosed, logits_from
+from fewshot_asam.engine.task import LowerLevel
+from fewshot_asam.engine.trial import Mode, Order
+from fewshot_asam.engine.ways import Way
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.models import OURS, adapted_names
+
+
+class Trials:
+    """Trials of the model of `lower`, none where `wanted` is False or the model is this package's own."""
+
+    def __init__(self, lower: LowerLevel, adapt: str | Sequence[str]) -> None:
+        self.lower, self.adapt = lower, adapt
+        self.wanted = True
+        self._known: dict[object, Diagnosis] = {}
+
+    def vectorises(self, way: Way, call: Call) -> bool:
+        """Whether the model can be run by `vmap`; warns, once, where it cannot."""
+        before = len(self._known)
+        problem = self._found(way, call).problem
+        if problem and len(self._known) > before:
+            warnings.warn(f"tasks run one by one: {problem.rpartition('; ')[0]}", stacklevel=4)
+        return not problem
+
+    def require(self, way: Way, call: Call) -> None:
+        """Raises `FewShotError` where the model cannot be run so; warns, once, where that is not known."""
+        if problem := self._found(way, call).problem:
+            raise FewShotError(problem)
+
+    def _found(self, way: Way, call: Call) -> Diagnosis:
+        module = self.lower.model.module
+        if not self.wanted or type(module) in OURS or torch.compiler.is_compiling():
+            return Diagnosis()
+        mode: Mode = "vmap" if way.tasks == "vmap" else "functional" if way.compiled else "loop"
+        order: Order = 2 if torch.is_grad_enabled() and not self.lower.rule.first_order else 1
+        key = (mode, order, tuple(layer.training for layer in module.modules()))
+        if key not in self._known:
+            found = diagnosed(self.lower.model, self.lower.adapted, mode, order, call)
+            if found.warning:
+                warnings.warn(found.warning, stacklevel=5)
+            self._known[key] = found if found.problem else Diagnosis(self._wrong_head(call))
+        return self._known[key]
+
+    def _wrong_head(self, call: Call) -> str:
+        """What to do where the head that is adapted is not the layer that the logits come from; else nothing."""
+        if self.adapt not in ("head", "body") and not self.lower.zeroed:
+            return ""
+        module = self.lower.model.module
+        taken = set(self.lower.zeroed or adapted_names(module, "head"))
+        makers = logits_from(self.lower.model, call)
+        if not makers or taken == makers:
+            return ""
+        if self.lower.zeroed:
+            return (
+                f"zero_head takes {', '.join(sorted(taken))} for the head, but the logits come from "
+                f"{', '.join(sorted(makers))}; pass zero_head={sorted(makers)}"
+            )
+        return (
+            f"adapt {self.adapt!r} takes the layer registered last for the head ({', '.join(sorted(taken))}), but the "
+            f"logits come from {', '.join(sorted(makers))}; pass the names to adapt as a list: adapt={sorted(makers)} "
+            "for the head"
+        )
