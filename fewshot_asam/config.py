@@ -141,8 +141,6 @@ class TrainConfig:
         require_one_of("dataset", self.dataset, DATASETS)
         require_one_of("schedule", self.schedule, ("constant", "cosine"))
         require_one_of("precision", self.precision, get_args(Precision))
-        require_one_of("init", self.init, get_args(Init))
-        require_one_of("head_init", self.head_init, ("default", "zeros", "zeros_every_task"))
         require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         for name in COUNTS:
             require_count(name, getattr(self, name))
@@ -173,6 +171,8 @@ class TrainConfig:
             raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
         for name in ("seed", "split_seed"):
             require_seed(name, getattr(self, name))
+        require_one_of("init", self.init, get_args(Init))
+        require_one_of("head_init", self.head_init, ("default", "zeros", "zeros_every_task"))
         self.rule  # noqa: B018  its own checks
 
     @property
