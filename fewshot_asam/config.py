@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.initial import Init
 from fewshot_asam.inner import Rule, RuleName
 from fewshot_asam.meta import Norm
 from fewshot_asam.models import Adapt, ModelName
@@ -56,6 +57,10 @@ class TrainConfig:
     """network"""
     hidden: int = 32
     """filters of the network's first block"""
+    init: Init = "pytorch"
+    """initial weights: PyTorch's own (pytorch), Glorot's uniform ones (xavier), or a truncated normal of 0.02"""
+    head_init: Literal["default", "zeros", "zeros_every_task"] = "zeros_every_task"
+    """the head starts like the other layers, from zeros, or anew from zeros in every task, tests included"""
     norm: Norm = "transductive"
     """norm layers use the queries' own batch statistics (transductive) or the support set's (inductive)"""
 

@@ -139,6 +139,8 @@ class MetaLearner(nn.Module):
       choice), an `augment`ed copy, or a `split` of it. With `duplicate` Agnostic-SAM differs from Sharp-MAML_low of
       radius `rho` only by a term of order `rho**2`.
     - `norm`: `transductive` (queries are normalised together) or `inductive` (with the support set's statistics).
+    - `zero_head`: the head, the last layer or what is named as for `adapt`, starts every task from zeros and is not
+      meta-learned (the zeroing trick of Kao et al., 2022): how a task numbers its classes then changes nothing.
     - `engine`: how `meta_loss` runs: `loop` over tasks, `vmap`, or `auto`, which chooses by device and model.
     - `compiled`: whether the inner gradient and the query loss are compiled by `torch.compile` for training.
     - `recompute`: whether the backward pass runs each inner step anew, so that memory does not grow with the steps.
@@ -160,6 +162,7 @@ class MetaLearner(nn.Module):
         adapt: Adapt | Sequence[str] = "all",
         validation: Validation = "duplicate",
         norm: Norm = "transductive",
+        zero_head: bool | Sequence[str] = False,
         engine: EngineName = "auto",
         compiled: bool = False,
         recompute: bool = False,
@@ -172,6 +175,7 @@ class MetaLearner(nn.Module):
         self.adapt = adapt
         self.validation = validation
         self.norm = norm
+        self.zero_head = zero_head
         self.engine = engine
         self.compiled = compiled
         self.recompute = recompute
@@ -184,7 +188,7 @@ class MetaLearner(nn.Module):
     @property
     def lower(self) -> LowerLevel:
         """The settings of the lower level as they are now; made anew, and checked, when one of them has changed."""
-        settings = (self.model, self.lr, self.rule, self.adapt, self.validation, self.norm)
+        settings = (self.model, self.lr, self.rule, self.adapt, self.validation, self.norm, self.zero_head)
         with exclusive:
             layout = [(name, value.requires_grad) for name, value in self.model.named_parameters()]
             known = len(self._settings) > 0 and layout == self._settings[-1]
@@ -237,10 +241,9 @@ class MetaLearner(nn.Module):
         return self.lower.model({}, x)  # type: ignore[no-any-return]
 
     def clone(self) -> Task:
-        """A task that starts at the meta-parameters; gradients flow back to them."""
+        """A task that starts at the meta-parameters, its head at zero with `zero_head`; gradients flow back to them."""
         lower = self.lower
-        own = lower.model.parameters()
-        return Task(lower, {name: own[name] for name in lower.adapted}, self.trials)
+        return Task(lower, engines.initial_parameters(lower), self.trials)
 
     def meta_loss(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
         """Adapts to every task and evaluates its queries; `loss.backward()` gives the meta-gradient.
@@ -306,6 +309,7 @@ def _lower_level(
     adapt: Adapt | Sequence[str],
     validation: Validation,
     norm: Norm,
+    zero_head: bool | Sequence[str],
 ) -> LowerLevel:
     """The settings, checked."""
     require_stateless(model)
@@ -317,7 +321,14 @@ def _lower_level(
             f"{type(model).__name__}.forward takes no `support`, the number of images that give the statistics, "
             "which norm 'inductive' needs; Conv4 and ResNet12 do. A model without batch norm needs no such mode"
         )
-    return LowerLevel(FunctionalModel(model), rule, lr, adapted_names(model, adapt), validation, norm == "inductive")
+    adapted = adapted_names(model, adapt)
+    zeroed = adapted_names(model, "head" if zero_head is True else zero_head) if zero_head else ()
+    if not set(zeroed) <= set(adapted):
+        raise FewShotError(
+            f"with adapt {adapt!r} a head that starts every task from zeros would stay there; expected an adapt "
+            "that includes the head, such as 'all', or zero_head False (--head-init default or zeros)"
+        )
+    return LowerLevel(FunctionalModel(model), rule, lr, adapted, validation, norm == "inductive", zeroed)
 
 
 def _require_rate(lr: float | Tensor) -> None:

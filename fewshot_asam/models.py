@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from fewshot_asam import fused
 from fewshot_asam.errors import FewShotError, require_one_of
+from fewshot_asam.initial import HeadInit, Init, initialise, initialise_head
 
 EPS = 1e-5
 """Added to the variance, as in `torch.nn.BatchNorm2d`."""
+Shape = tuple[int, int, int]
+"""Of an image: `(C, H, W)`."""
 
 
 class TaskNorm(nn.Module):
@@ -108,16 +111,20 @@ class Conv4(nn.Module):
     - `ways`: `N`, the number of logits.
     - `image_shape`: `(C, H, W)`; sides of at least 16.
     - `hidden`: filters of each block; 64 in Sharp-MAML's protocol, 32 in Finn's for Mini-ImageNet.
+    - `init`, `head_init`: the initial weights, of the linear layer too; see `initialise` and `initialise_head`.
 
     `forward` maps `[n, C, H, W]` to logits `[n, N]`.
     """
 
-    def __init__(self, ways: int, image_shape: tuple[int, int, int], hidden: int = 64) -> None:
+    def __init__(
+        self, ways: int, image_shape: Shape, hidden: int = 64, init: Init = "pytorch", head_init: HeadInit = "default"
+    ) -> None:
         super().__init__()
         channels, height, width = _checked(image_shape, hidden)
         self.blocks = nn.ModuleList([ConvBlock(channels if i == 0 else hidden, hidden) for i in range(4)])
         self.head = nn.Linear(hidden * (height // 16) * (width // 16), ways)
-        _xavier(self)
+        initialise(self, init)
+        initialise_head(self.head, head_init)
 
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
         for block in self.blocks:
@@ -151,13 +158,16 @@ class ResNet12(nn.Module):
     **Arguments:** as `Conv4`'s; `hidden` is the width of the first block, the others have 2.5, 5 and 10 times as many.
     """
 
-    def __init__(self, ways: int, image_shape: tuple[int, int, int], hidden: int = 64) -> None:
+    def __init__(
+        self, ways: int, image_shape: Shape, hidden: int = 64, init: Init = "pytorch", head_init: HeadInit = "default"
+    ) -> None:
         super().__init__()
         channels, _, _ = _checked(image_shape, hidden)
         widths = [channels, hidden, hidden * 5 // 2, hidden * 5, hidden * 10]
         self.blocks = nn.ModuleList([ResidualBlock(a, b) for a, b in pairwise(widths)])
         self.head = nn.Linear(widths[-1], ways)
-        _xavier(self)
+        initialise(self, init)
+        initialise_head(self.head, head_init)
 
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
         for block in self.blocks:
@@ -172,13 +182,21 @@ OURS = (Conv4, ResNet12)
 ModelName = Literal["conv4", "resnet12"]
 
 
-def build_model(name: ModelName, ways: int, image_shape: tuple[int, int, int], hidden: int, seed: int) -> nn.Module:
+def build_model(
+    name: ModelName,
+    ways: int,
+    image_shape: Shape,
+    hidden: int,
+    seed: int,
+    init: Init = "pytorch",
+    head_init: HeadInit = "default",
+) -> nn.Module:
     """A `Conv4` or `ResNet12` whose initial weights depend on `seed` alone."""
     kinds = {"conv4": Conv4, "resnet12": ResNet12}
     require_one_of("model", name, tuple(kinds))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kinds[name](ways, image_shape, hidden)
+        return kinds[name](ways, image_shape, hidden, init, head_init)
 
 
 def takes_support(model: nn.Module) -> bool:
@@ -254,17 +272,9 @@ def drop_running_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checked(image_shape: tuple[int, int, int], hidden: int) -> tuple[int, int, int]:
+def _checked(image_shape: Shape, hidden: int) -> Shape:
     if min(image_shape[1:]) < 16:
         raise FewShotError(f"images are {image_shape[1]}x{image_shape[2]}; four poolings need sides of at least 16")
     if hidden < 1:
         raise FewShotError(f"hidden is {hidden}; expected at least 1 filter")
     return image_shape
-
-
-def _xavier(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

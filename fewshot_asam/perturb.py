@@ -25,8 +25,7 @@ SMALLEST_SQUARED_NORM = 1e-24
 
 def norm(tree: Params) -> Tensor:
     """The L2 norm over all tensors together, a scalar."""
-    squares = torch.stack([value.square().sum() for value in tree.values()])
-    return (squares.sum() + SMALLEST_SQUARED_NORM).sqrt()
+    return (_squared_norm(tree) + SMALLEST_SQUARED_NORM).sqrt()
 
 
 def add(tree: Params, other: Params) -> Params:
@@ -44,9 +43,9 @@ def sam(params: Params, grad: Params, rho: float, *, adaptive: bool = False, nor
     """
     measured = grad if norm_of is None else norm_of
     if not adaptive:
-        scale = rho / norm(measured)
+        scale = _over_norm(rho, measured)
         return {name: scale * value for name, value in grad.items()}
-    scale = rho / norm({name: params[name].abs() * value for name, value in measured.items()})
+    scale = _over_norm(rho, {name: params[name].abs() * value for name, value in measured.items()})
     return {name: scale * params[name].square() * value for name, value in grad.items()}
 
 
@@ -76,3 +75,16 @@ def momentum(previous: Params, grad: Params, beta: float) -> Params:
     if not previous:
         return {name: (1 - beta) * value for name, value in grad.items()}
     return {name: beta * previous[name] + (1 - beta) * value for name, value in grad.items()}
+
+
+def _squared_norm(tree: Params) -> Tensor:
+    return torch.stack([value.square().sum() for value in tree.values()]).sum()
+
+
+def _over_norm(rho: float, tree: Params) -> Tensor:
+    """`rho / norm(tree)`, and a constant 0 where the norm is 0: there the direction has no derivative.
+
+    A head of zeros has such gradients, as no other layer matters yet and ASAM scales the head's own by 0.
+    """
+    squared = _squared_norm(tree)
+    return torch.where(squared > 0, rho / (squared + SMALLEST_SQUARED_NORM).sqrt(), 0.0)

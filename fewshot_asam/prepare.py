@@ -52,12 +52,21 @@ def load_data(config: TrainConfig, device: torch.device) -> Dataset:
 def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
     """The run's untrained meta-learner, on the CPU."""
     return MetaLearner(
-        build_model(config.model, config.ways, image_shape, config.hidden, config.seed),
+        build_model(
+            config.model,
+            config.ways,
+            image_shape,
+            config.hidden,
+            config.seed,
+            config.init,
+            "default" if config.head_init == "default" else "zeros",
+        ),
         config.inner_lr,
         config.rule,
         adapt=config.adapt,
         validation=config.validation,
         norm=config.norm,
+        zero_head=config.head_init == "zeros_every_task",
         engine=config.engine,
         compiled=config.compiled,
         recompute=config.recompute,

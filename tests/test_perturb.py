@@ -61,8 +61,8 @@ def test_momentum_is_an_exponential_average_from_zero() -> None:
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_a_gradient_of_zero_gives_no_step_and_finite_derivatives(adaptive: bool) -> None:
+def test_a_gradient_of_zero_gives_no_step_and_no_derivatives(adaptive: bool) -> None:
     zero = {name: torch.zeros_like(value, requires_grad=True) for name, value in GRAD.items()}
     step = flat(perturb.sam(PARAMS, zero, 0.3, adaptive=adaptive))
     assert step.abs().max() == 0
-    assert all(grad.isfinite().all() for grad in torch.autograd.grad(step.sum(), list(zero.values())))
+    assert not any(grad.any() for grad in torch.autograd.grad(step.sum(), list(zero.values())))

@@ -485,9 +485,15 @@ def test_the_paper_s_plan_is_the_protocol_s_files() -> None:
     assert [section.seeds for section in sections] == [(0, 1, 2)] * 4
     for section in sections:
         for config in section.rules.values():
-            file = f"{config.dataset}_{config.ways}w{config.shots}s_{config.inner}.yaml"
-            shipped, _ = train_maml._settings(["--config", str(ROOT / "configs" / file)], TrainConfig())
-            assert replace(config, rho=5e-4, congruence_tasks=0) == shipped
+            file = ROOT / "configs" / f"{config.dataset}_{config.ways}w{config.shots}s.yaml"
+            shipped, _ = train_maml._settings(["--config", str(file), "--inner", config.inner], TrainConfig())
+            assert replace(config, rho=5e-4, beta=0.0, congruence_tasks=0) == shipped
+
+
+def test_several_inner_steps_have_an_arm_with_momentum() -> None:
+    for section in read_plan(ROOT / "plans" / "paper.yaml").sections:
+        betas = {config.beta for config in section.rules.values() if config.inner == "agnostic_sam"}
+        assert betas == {0.0, 0.9}
 
 
 def test_what_does_not_alter_the_weights_does_not_alter_the_name() -> None:

@@ -1,7 +1,7 @@
 """`train_maml`: meta-train and test.
 
 train_maml --inner agnostic_sam --ways 5 --shots 1
-train_maml --config configs/omniglot_20w1s_maml.yaml --data-root DATA
+train_maml --config configs/omniglot_20w1s.yaml --inner maml --data-root DATA
 train_maml --resume --output-dir RUN --iterations 2000
 """
 

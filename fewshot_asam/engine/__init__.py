@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewshot_asam.engine.choice import Choice, EngineName, Tasks, choose, measured
-from fewshot_asam.engine.task import Batch, LowerLevel, batch, predict
+from fewshot_asam.engine.task import Batch, LowerLevel, batch, initial_parameters, predict
 from fewshot_asam.engine.ways import Way, run
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Way",
     "batch",
     "choose",
+    "initial_parameters",
     "measured",
     "meta_backward",
     "meta_loss",

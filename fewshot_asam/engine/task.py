@@ -30,6 +30,7 @@ class LowerLevel:
     - `adapted`: names of the parameters that the inner loop changes.
     - `lr`: inner learning rate alpha; a tensor of one number where it is learned.
     - `inductive`: the support set alone gives the norm layers' statistics for the queries.
+    - `zeroed`: names of the adapted parameters that start every task at zero, whatever the model's own values.
     - `prepared`: what `engine.ways` keeps for these settings, such as compiled code.
     """
 
@@ -39,6 +40,7 @@ class LowerLevel:
     adapted: tuple[str, ...]
     validation: Validation = "duplicate"
     inductive: bool = False
+    zeroed: tuple[str, ...] = ()
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
@@ -82,10 +84,18 @@ def batch(lower: LowerLevel, episodes: Episodes, generator: torch.Generator | No
     return Batch((*train, *(val or ())), (episodes.query_x, episodes.query_y, *support))
 
 
-def initial_state(lower: LowerLevel) -> State:
-    """The meta-parameters, and a momentum of zero where the rule has one."""
+def initial_parameters(lower: LowerLevel) -> Params:
+    """What a task adapts, before its first step: the meta-parameters, and zeros for those that are `zeroed`."""
     named = lower.model.parameters()
-    params: Params = {name: named[name] for name in lower.adapted}
+    return {
+        name: torch.zeros_like(named[name]).requires_grad_() if name in lower.zeroed else named[name]
+        for name in lower.adapted
+    }
+
+
+def initial_state(lower: LowerLevel) -> State:
+    """The initial parameters, and a momentum of zero where the rule has one."""
+    params = initial_parameters(lower)
     has_momentum = lower.rule.name == "agnostic_sam" and lower.rule.beta > 0
     return params, {name: torch.zeros_like(value) for name, value in params.items()} if has_momentum else {}
 

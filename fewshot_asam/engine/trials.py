@@ -61,13 +61,19 @@ class Trials:
 
     def _wrong_head(self, call: Call) -> str:
         """What to do where the head that is adapted is not the layer that the logits come from; else nothing."""
-        if self.adapt not in ("head", "body") or self._unneeded():
+        if (self.adapt not in ("head", "body") and not self.lower.zeroed) or self._unneeded():
             return ""
         if self._makers is None:
             self._makers = logits_from(self.lower.model, call)
-        taken, makers = set(adapted_names(self.lower.model.module, "head")), self._makers
+        taken = set(self.lower.zeroed or adapted_names(self.lower.model.module, "head"))
+        makers = self._makers
         if not makers or taken == makers:
             return ""
+        if self.lower.zeroed:
+            return (
+                f"zero_head takes {', '.join(sorted(taken))} for the head, but the logits come from "
+                f"{', '.join(sorted(makers))}; pass zero_head={sorted(makers)}"
+            )
         return (
             f"adapt {self.adapt!r} takes the layer registered last for the head ({', '.join(sorted(taken))}), but the "
             f"logits come from {', '.join(sorted(makers))}; pass the names to adapt as a list: adapt={sorted(makers)} "

@@ -30,6 +30,8 @@ WITHOUT_EFFECT = (
     *("engine", "compiled", "recompute", "cuda_graph"),
 )
 """Settings that leave a run's weights as they are, up to rounding."""
+FIRST_DEFAULTS = {"init": "xavier", "head_init": "default"}
+"""Defaults that have changed since the first runs, as they were then: runs keep their names."""
 SAID = ("inner", "dataset", "ways", "shots", "seed")
 """Settings that a command line says even where they are as by default."""
 MOST_SEEDS = 10
@@ -136,7 +138,10 @@ def cells(plans: Iterable[Plan]) -> list[Cell]:
 
 def cell_name(config: TrainConfig) -> str:
     """The run in a few words and a digest of all settings that its weights depend on."""
-    settings = {name: value for name, value in changed(config).items() if name not in WITHOUT_EFFECT}
+    usual = plain(TrainConfig()) | FIRST_DEFAULTS
+    settings = {
+        name: value for name, value in plain(config).items() if value != usual[name] and name not in WITHOUT_EFFECT
+    }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{config.title}-{digest[:10]}"
 
