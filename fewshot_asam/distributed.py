@@ -24,10 +24,10 @@ from fewshot_asam.errors import FewShotError
 
 Result = TypeVar("Result")
 _joined = False
+was_joined = False
+"""Whether this process has been one of several: gloo's threads may go on, and abort an interpreter that ends."""
 LONGEST_WAIT = 300.0
 """Seconds until a process gives up the others: they are started together, but may read their files from a slow disk."""
-LETTING_GO = 0.2
-"""Seconds for gloo's threads to let go of Python objects, for which they need Python's lock."""
 LAST_WORDS = 10.0
 """Seconds that the end of a job may take."""
 
@@ -43,12 +43,12 @@ def joined() -> Iterator[None]:
     Processes talk by gloo about what is on the CPU and by NCCL about what is on GPUs. Outside there is one process,
     even if a program of one's own uses `torch.distributed`. Raises `FewShotError` where the others are not found.
     """
-    global _joined
+    global _joined, was_joined
     if announced() < 2:
         yield
         return
     _join()
-    _joined = True
+    _joined = was_joined = True
     try:
         yield
     finally:
@@ -107,12 +107,7 @@ def _await_first(address: str, port: int) -> None:
 
 
 def _leave() -> None:
-    """Leaves the group. Gloo's threads may not let go of Python objects while the interpreter ends, which aborts it.
-
-    The wait is for a group that something else refers to, whose threads go on. Where a process failed, NCCL may wait
-    for an answer that never comes; it is left to itself then.
-    """
-    time.sleep(LETTING_GO)
+    """Leaves the group. Where a process failed, NCCL may wait for an answer that never comes; it is left to itself."""
     with suppress(TimeoutError):
         _within(LAST_WORDS, dist.destroy_process_group)
 

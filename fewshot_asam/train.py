@@ -85,6 +85,9 @@ def _announce(trainer: Trainer) -> None:
         f"{config.norm} norm"
     )
     distributed.say(f"{config.dataset}: {classes} classes for training / validation / test")
+    if config.adapt != "all":
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in trainer.learner.adapted)
+        distributed.say(f"adapt {config.adapt}: the inner loop changes {', '.join(layers)}")
     choice = distributed.from_first(_engine(trainer))
     trainer.learner.engine = trainer.progress.engine = choice.name
     distributed.say(f"engine {choice.name}{_options(trainer)}: {choice.reason}")

@@ -273,3 +273,10 @@ def test_omniglot_from_the_real_archives(real_data: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "4112 / 688 / 423 classes" in done.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["dataset"] == "omniglot"
+
+
+@pytest.mark.parametrize(("adapt", "layers"), [("head", "head"), ("no_norm", "blocks.0.conv, blocks.1.conv, ")])
+def test_what_is_adapted_is_said(adapt: str, layers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--adapt", adapt, "--iterations", "1", "--validate-tasks", "2", "--test-tasks", "2", "--queries", "1"]
+    assert train_maml.main([*arguments, "--hidden", "4", "--output-dir", str(tmp_path / "run")]) == 0
+    assert f"adapt {adapt}: the inner loop changes {layers}" in capsys.readouterr().out

@@ -16,7 +16,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from fewshot_asam import distributed
-from fewshot_asam.cli.surroundings import lasting_streams, lost
+from fewshot_asam.cli.surroundings import end_process, lasting_streams, lost
 from fewshot_asam.distributed import PeerLost
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.settings import expanded, explained, nearest, read_yaml, require_known, require_plain
@@ -71,8 +71,10 @@ def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None, 
         warnings.showwarning = _show_warning
         status = _status(joined)
         if status == 0 and (reason := lost()):
-            return _fail(f"standard output cannot be written ({reason}), so what was printed is lost")
-        return status
+            status = _fail(f"standard output cannot be written ({reason}), so what was printed is lost")
+    if argv is None and distributed.was_joined:
+        end_process(status)
+    return status
 
 
 def _status(work: Callable[[], object]) -> int:

@@ -84,6 +84,14 @@ class _Lasting(io.FileIO):
             return len(data)
 
 
+def end_process(status: int) -> NoReturn:
+    """Ends the process with what it has written, but without the interpreter's own end, which may abort it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()
+    os._exit(status)
+
+
 def _lasting(stream: Any, number: int) -> Any:
     """The same stream, but lasting; one that is not the process's own is as it was."""
     if stream is None:
