@@ -1,33 +1,45 @@
-"""Weights and training states on disk: written atomically, checked when read, loaded without running code."""
+"""Weights and training states on disk: written atomically, checked when read, in a format that holds no code.
+
+Both are safetensors. A training state has a signature and a checksum before it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.files import open_regular
 
 Weights = dict[str, Tensor]
 
 SIGNATURE = b"fewshot_asam training state "
-FORMAT = 1
+FORMAT = 2
 """Of training states; a file begins with `SIGNATURE`, this number, a newline and the SHA-256 of the rest."""
 STATES = "checkpoints"
 """The folder of a run that holds its training states."""
-SCRATCH = ".*.tmp"
-"""Names of files that are being written."""
+HEADER = "fewshot_asam"
+"""The one name under which safetensors say something: several would be written in any order."""
 KEPT = 2
 """Training states kept of a run, so that one is left where the newest is damaged."""
+NUMBERS = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+"""Types of the numbers that files may hold."""
+_STATE = re.compile(r"\d{10}\.ckpt")
+_SCRATCH = re.compile(r"\..+\.\d+\.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -45,10 +57,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file, atomically."""
+    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def is_scratch(path: Path) -> bool:
+    """Whether a file has the name of one that `write_atomically` is writing."""
+    return _SCRATCH.fullmatch(path.name) is not None and path.is_file()
+
+
 def tidy(folder: Path) -> None:
     """Removes what killed processes left in a run folder: temporary files and a training state too many."""
-    for left in [*folder.glob(SCRATCH), *(folder / STATES).glob(SCRATCH), *_stored(folder)[:-KEPT]]:
-        left.unlink(missing_ok=True)
+    stored = _stored(folder)
+    states = folder / STATES
+    for left in [*folder.iterdir(), *(states.iterdir() if states.is_dir() else ())]:
+        if is_scratch(left) or left in stored[:-KEPT]:
+            left.unlink(missing_ok=True)
 
 
 def weights(model: nn.Module) -> Weights:
@@ -56,31 +81,61 @@ def weights(model: nn.Module) -> Weights:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
 
 
-def save_weights(path: Path, state: Weights) -> None:
-    """What `weights` gave, as safetensors with a checksum."""
-    write_atomically(path, lambda scratch: save_file(state, scratch, metadata={"sha256": _digest(state)}))
+def save_weights(path: Path, state: Weights, made_by: str = "") -> None:
+    """What `weights` gave, as safetensors with a checksum and with what they were made by, in words or JSON."""
+    header = json.dumps({"sha256": _digest(state, made_by), "made_by": made_by})
+    write_atomically(path, lambda scratch: scratch.write_bytes(save(state, {HEADER: header})))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Puts weights that `save_weights` wrote into a model of the same layers.
 
-    Raises `FewShotError` naming the file where it is missing, damaged or of another model.
+    Raises `FewShotError` naming the file where `read_weights` does and where it is of another model.
+    """
+    put_weights(read_weights(path)[0], model, str(path))
+
+
+def read_weights(path: Path) -> tuple[Weights, str]:
+    """Weights that `save_weights` wrote, and what they were made by.
+
+    Raises `FewShotError` naming the file where it is missing, damaged or has numbers that are not finite.
     """
     try:
-        with safe_open(path, framework="pt") as stored:
-            expected = (stored.metadata() or {}).get("sha256")
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  it is no mapping
+        with open_regular(path) as file:
+            state, metadata = _unpacked(file.read())
+        sha256, made_by = _described(metadata.get(HEADER, "{}"))
     except FileNotFoundError as error:
         raise FewShotError(f"{path} does not exist; expected weights as train_maml writes them") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except PermissionError as error:
+        raise FewShotError(f"{path} may not be read ({error.strerror}); ask its owner to permit it") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged_weights(path, str(error)) from error
-    if expected != _digest(state):
+    if sha256 != _digest(state, made_by):
         raise _damaged_weights(path, "its checksum is missing or another")
+    if bad := not_finite(state):
+        raise FewShotError(f"{path} holds numbers in {bad} that are not finite; they are of a run that went wrong")
+    return state, made_by
+
+
+def put_weights(state: Weights, model: nn.Module, name: str) -> None:
+    """Puts weights into a model; raises `FewShotError` naming their file where it has other layers."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
-        raise FewShotError(f"{path} holds the weights of another model ({first})") from error
+        raise FewShotError(f"{name} holds the weights of another model ({first})") from error
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor with a number that is not finite; empty where there is none."""
+    return next((name for name, value in tensors.items() if not bool(value.isfinite().all())), "")
+
+
+def _described(header: str) -> tuple[str, str]:
+    """The checksum of weights and what they were made by; empty where they are of somebody else."""
+    read = json.loads(header)
+    sha256, made_by = (read.get(name, "") if isinstance(read, dict) else "" for name in ("sha256", "made_by"))
+    return str(sha256), str(made_by)
 
 
 def _damaged_weights(path: Path, reason: str) -> FewShotError:
@@ -90,11 +145,10 @@ def _damaged_weights(path: Path, reason: str) -> FewShotError:
     )
 
 
-def encode(state: dict[str, Any]) -> bytes:
-    """A training state as a file's content: tensors, numbers, strings, lists and dictionaries."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
+def encode(state: Mapping[str, Any]) -> bytes:
+    """A training state as a file's content: tensors by name under `tensors`, and else what JSON can hold."""
+    described = {name: value for name, value in state.items() if name != "tensors"}
+    content = save(state["tensors"], {HEADER: json.dumps(described)})
     return SIGNATURE + b"%d\n" % FORMAT + hashlib.sha256(content).digest() + content
 
 
@@ -115,15 +169,13 @@ def decode(data: bytes, name: str) -> dict[str, Any]:
     if hashlib.sha256(rest[32:]).digest() != rest[:32]:
         raise FewShotError(f"{name} is damaged (its checksum is another); expected a training state")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle protocol that torch.save does not write
-            state = torch.load(io.BytesIO(rest[32:]), map_location="cpu", weights_only=True)
-    except Exception as error:  # what a pickle that somebody forged raises is open-ended
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FewShotError(f"{name} is damaged ({first}); expected a training state") from error
+        tensors, metadata = _unpacked(rest[32:])
+        state = json.loads(metadata.get(HEADER, "null"))
+    except (ValueError, RecursionError) as error:
+        raise FewShotError(f"{name} is damaged ({error}); expected a training state") from error
     if not isinstance(state, dict):
-        raise FewShotError(f"{name} holds a {type(state).__name__}; expected a training state")
-    return state
+        raise FewShotError(f"{name} is damaged (it describes nothing); expected a training state")
+    return state | {"tensors": tensors}
 
 
 def save_state(folder: Path, iteration: int, state: dict[str, Any]) -> None:
@@ -133,9 +185,10 @@ def save_state(folder: Path, iteration: int, state: dict[str, Any]) -> None:
         path.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise FewShotError(f"{path.parent} cannot be made ({error})") from error
+    others = [other for other in _stored(folder) if other != path]
     write_atomically(path, lambda scratch: scratch.write_bytes(encode(state)))
-    older = [other for other in _stored(folder) if other.name < path.name]
-    for other in set(_stored(folder)).difference([path], older[1 - KEPT :]):
+    older = [other for other in others if other.name < path.name]
+    for other in set(others).difference(older[1 - KEPT :]):
         other.unlink(missing_ok=True)
 
 
@@ -147,10 +200,13 @@ def read_state(folder: Path) -> tuple[bytes, str]:
     problems = []
     for path in reversed(_stored(folder)):
         try:
-            data = path.read_bytes()
+            with open_regular(path) as file:
+                data = file.read()
             decode(data, str(path))
+        except PermissionError as error:
+            raise FewShotError(f"{path} may not be read ({error.strerror}); ask its owner to permit it") from error
         except (FewShotError, OSError) as error:
-            problems.append(str(error))
+            problems.append(str(error) if isinstance(error, FewShotError) else f"{path} cannot be read ({error})")
             continue
         if problems:
             warnings.warn(f"{'; '.join(problems)}; going on from the one before it, {path}", stacklevel=2)
@@ -166,12 +222,30 @@ def latest_state(folder: Path) -> Path | None:
 
 
 def _stored(folder: Path) -> list[Path]:
-    """The training states of a run folder, oldest first."""
-    return sorted((folder / STATES).glob("[0-9]*.ckpt"))
+    """The training states of a run folder, oldest first; raises `FewShotError` where they are not in it."""
+    states = folder / STATES
+    if states.is_symlink():
+        raise FewShotError(
+            f"{states} is a link to {os.readlink(states)}, where files that are not of this run might be removed; put "
+            "a folder in its place"
+        )
+    return sorted(path for path in states.glob("*.ckpt") if _STATE.fullmatch(path.name) and not path.is_dir())
 
 
-def _digest(state: Weights) -> str:
-    digest = hashlib.sha256()
+def _unpacked(data: bytes) -> tuple[Weights, dict[str, str]]:
+    """The tensors of safetensors and what is said of them; raises `ValueError` where the data are none."""
+    try:
+        tensors = load(data)
+        if unknown := [name for name, value in tensors.items() if value.dtype not in NUMBERS]:
+            raise ValueError(f"{unknown[0]} is of {tensors[unknown[0]].dtype}")
+    except (SafetensorError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
+
+
+def _digest(state: Weights, made_by: str) -> str:
+    digest = hashlib.sha256(made_by.encode())
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fewshot_asam.data import DATASETS
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
-from fewshot_asam.errors import FewShotError, require_one_of
+from fewshot_asam.errors import FewShotError
 from fewshot_asam.initial import Init
 from fewshot_asam.inner import Rule, RuleName
 from fewshot_asam.meta import Norm
 from fewshot_asam.models import Adapt, ModelName
-from fewshot_asam.settings import explained, read_yaml, require_known
+from fewshot_asam.settings import conforming, explained, read_yaml, require_known, require_plain
 from fewshot_asam.validation import Validation
 
 DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
@@ -135,13 +134,12 @@ class TrainConfig:
     """run folder; if not given, a new one under runs/"""
 
     def __post_init__(self) -> None:
+        kinds = _kinds()
         for field in fields(self):
-            if getattr(self, field.name) is None and field.default is not None:
+            value = getattr(self, field.name)
+            if value is None and field.default is not None:
                 raise FewShotError(f"{field.name} is null; expected a value such as {field.default}")
-        require_one_of("dataset", self.dataset, DATASETS)
-        require_one_of("schedule", self.schedule, ("constant", "cosine"))
-        require_one_of("precision", self.precision, get_args(Precision))
-        require_one_of("device", self.device, ("auto", "cpu", "cuda"))
+            object.__setattr__(self, field.name, conforming(field.name, value, kinds[field.name]))
         for name in COUNTS:
             require_count(name, getattr(self, name))
         for name in ("image_size", "hidden", "inner_steps", "meta_batch_size"):
@@ -171,8 +169,6 @@ class TrainConfig:
             raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
         for name in ("seed", "split_seed"):
             require_seed(name, getattr(self, name))
-        require_one_of("init", self.init, get_args(Init))
-        require_one_of("head_init", self.head_init, ("default", "zeros", "zeros_every_task"))
         self.rule  # noqa: B018  its own checks
 
     @property
@@ -194,6 +190,11 @@ class TrainConfig:
     def title(self) -> str:
         """The run in a few words, fit for a file name."""
         return f"{self.dataset}-{self.ways}w{self.shots}s-{self.inner}-seed{self.seed}"
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
 
 
 COUNTS = (
@@ -227,6 +228,12 @@ def require_seed(name: str, value: int) -> None:
         raise FewShotError(f"{name} is {value}; expected at least 0 and below 2**63")
 
 
+def located(config: TrainConfig) -> TrainConfig:
+    """The settings with the data's whole paths, so that they hold in another folder too."""
+    found = {name: value.absolute() for name in ("data_root", "split_csv") if (value := getattr(config, name))}
+    return replace(config, **found)
+
+
 def changed(config: TrainConfig) -> dict[str, Any]:
     """The settings that are not as by default, as numbers, strings and lists."""
     usual = plain(TrainConfig())
@@ -256,10 +263,12 @@ def from_yaml(path: Path) -> TrainConfig:
 def from_plain(values: Mapping[str, object], origin: str) -> TrainConfig:
     """The settings given as numbers, strings and lists, the others by default; `origin` is said in errors."""
     require_known(values, [field.name for field in fields(TrainConfig)], origin)
+    for name, value in values.items():
+        require_plain(f"{origin}: {name}", value)
     try:
         return TrainConfig(**_parser().parse_object(dict(values)).as_dict())
     except (ArgumentError, FewShotError, TypeError, ValueError) as error:
-        reason = explained(str(error), get_type_hints(TrainConfig))
+        reason = explained(str(error), _kinds())
         raise FewShotError(f"{origin} does not hold the settings of a run ({reason})") from error
 
 

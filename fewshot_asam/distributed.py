@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from fewshot_asam.errors import FewShotError
 
 Result = TypeVar("Result")
 _joined = False
-LAST_WORDS = 0.1
-"""Seconds for gloo's threads to let go of Python objects. Up to 2.7, PyTorch waits for these threads while it holds the
-lock that they need for that (https://github.com/pytorch/pytorch/pull/154976)."""
+LONGEST_WAIT = 300.0
+"""Seconds until a process gives up the others: they are started together, but may read their files from a slow disk."""
+LETTING_GO = 0.2
+"""Seconds for gloo's threads to let go of Python objects, for which they need Python's lock."""
+LAST_WORDS = 10.0
+"""Seconds that the end of a job may take."""
 
 
 class PeerLost(FewShotError):
@@ -37,20 +44,96 @@ def joined() -> Iterator[None]:
     even if a program of one's own uses `torch.distributed`. Raises `FewShotError` where the others are not found.
     """
     global _joined
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+    if announced() < 2:
         yield
         return
+    _join()
+    _joined = True
     try:
+        yield
+    finally:
+        _joined = False
+        _leave()
+
+
+def announced() -> int:
+    """How many processes the environment speaks of, joined or not; raises `FewShotError` where it makes no sense."""
+    count = _number("WORLD_SIZE", "1", 1)
+    if count > 1:
+        _number("RANK", "", 0, count - 1)
+        _number("LOCAL_RANK", "0", 0, count - 1)
+    return count
+
+
+def _number(name: str, default: str, least: int, most: int = 100_000) -> int:
+    given = os.environ.get(name, default)
+    if re.fullmatch("[0-9]{1,10}", given) and least <= int(given) <= most:
+        return int(given)
+    found = f"is {given!r}" if name in os.environ else "is not set"
+    raise FewShotError(
+        f"the environment variable {name} {found}; expected a whole number from {least} to {most:,}: start several "
+        "processes with torchrun, or unset WORLD_SIZE for one"
+    )
+
+
+def _join() -> None:
+    port = _number("MASTER_PORT", "", 1, 65535)
+
+    def meet() -> None:
+        if os.environ["RANK"] != "0":
+            _await_first(os.environ.get("MASTER_ADDR", ""), port)
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=LONGEST_WAIT)))
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    except (RuntimeError, ValueError) as error:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size)
+
+    try:
+        _within(LONGEST_WAIT + LAST_WORDS, meet)
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FewShotError(f"the processes of this job do not find each other ({reason}); use torchrun") from error
-    _joined = True
-    yield
-    _joined = False
-    time.sleep(LAST_WORDS)
-    dist.destroy_process_group()  # not where something failed: the others may never answer
+
+
+def _await_first(address: str, port: int) -> None:
+    """Returns when the first process listens; raises `OSError` where it does not. PyTorch's own wait is a noisy one."""
+    end = time.monotonic() + LONGEST_WAIT
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=LONGEST_WAIT).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
+
+
+def _leave() -> None:
+    """Leaves the group. Gloo's threads may not let go of Python objects while the interpreter ends, which aborts it.
+
+    The wait is for a group that something else refers to, whose threads go on. Where a process failed, NCCL may wait
+    for an answer that never comes; it is left to itself then.
+    """
+    time.sleep(LETTING_GO)
+    with suppress(TimeoutError):
+        _within(LAST_WORDS, dist.destroy_process_group)
+
+
+def _within(seconds: float, work: Callable[[], object]) -> None:
+    """Does something that may never end; raises `TimeoutError` where it has not ended by then."""
+    problems: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    for problem in problems:
+        raise problem
 
 
 def rank() -> int:

@@ -26,7 +26,7 @@ class Episodes:
     - `query_x`: float `[T, N*Q, C, H, W]`.
     - `query_y`: int64 `[T, N*Q]`.
 
-    Raises `FewShotError` where the shapes do not fit together.
+    Raises `FewShotError` where the shapes do not fit together, a set is empty or a label on the CPU is negative.
     """
 
     support_x: Tensor
@@ -44,6 +44,10 @@ class Episodes:
                     f"{role} images are {list(x.shape)} and labels {y.dtype} {list(y.shape)}; expected images "
                     "[tasks, images, ...] and int64 labels [tasks, images]"
                 )
+            if y.numel() == 0:
+                raise FewShotError(f"the {role} sets are empty: {list(y.shape)}; expected tasks with an image at least")
+            if y.device.type == "cpu" and int(y.min()) < 0:  # elsewhere that would wait for the device
+                raise FewShotError(f"{role} labels begin at {int(y.min())}; expected 0 or more, as they count the ways")
         if len(self.support_x) != len(self.query_x):
             raise FewShotError(
                 f"{len(self.support_x)} support sets and {len(self.query_x)} query sets; expected one of each a task"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewshot_asam import distributed
 from fewshot_asam.episodes import EpisodeSampler
@@ -43,6 +44,18 @@ def paired_difference(first: Tensor, second: Tensor) -> Interval:
     return interval(first - second)
 
 
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in `eval()` mode; afterwards each layer is in its own again."""
+    training = [layer for layer in model.modules() if layer.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
+
 def evaluate(
     learner: MetaLearner,
     sampler: EpisodeSampler,
@@ -54,9 +67,10 @@ def evaluate(
 
     A fresh sampler of the same seed gives the same tasks, so learners can be compared task by task. Several processes
     of one job share the tasks, and each returns all accuracies. `between` is called every `TASKS_AT_ONCE` tasks.
+    The model is in `eval()` mode meanwhile, while it adapts too: dropout drops nothing.
     """
     accuracies = torch.zeros(tasks, device=sampler.images.images.device)
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(learner.model):
         for start in range(0, tasks, TASKS_AT_ONCE):
             between()
             episodes = sampler.sample(min(TASKS_AT_ONCE, tasks - start))

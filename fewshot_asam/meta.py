@@ -10,7 +10,7 @@ out = learner.meta_loss(episodes, steps=5)      # the same for a batch of tasks
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fewshot_asam import engine as engines
 from fewshot_asam import inner
 from fewshot_asam.engine import Batch, EngineName, LowerLevel, MetaOutput, Way
-from fewshot_asam.engine.functional import FunctionalModel
+from fewshot_asam.engine.functional import FunctionalModel, exclusive
 from fewshot_asam.engine.trials import Trials
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError, require_one_of
@@ -188,13 +188,15 @@ class MetaLearner(nn.Module):
     @property
     def lower(self) -> LowerLevel:
         """The settings of the lower level as they are now; made anew, and checked, when one of them has changed."""
-        layout = [(name, value.requires_grad) for name, value in self.model.named_parameters()]
         settings = (self.model, self.lr, self.rule, self.adapt, self.validation, self.norm, self.zero_head)
-        known = len(self._settings) > 0 and layout == self._settings[-1]
-        if self._lower is None or not known or any(a is not b for a, b in zip(settings, self._settings, strict=False)):
-            self._lower, self._settings = _lower_level(*settings), (*settings, layout)
-            self._trials = None
-        return self._lower
+        with exclusive:
+            layout = [(name, value.requires_grad) for name, value in self.model.named_parameters()]
+            known = len(self._settings) > 0 and layout == self._settings[-1]
+            same = known and all(a is b for a, b in zip(settings, self._settings, strict=False))
+            if self._lower is None or not same:
+                self._lower, self._settings = _lower_level(*settings), (*settings, layout)
+                self._trials = None
+            return self._lower
 
     @property
     def trials(self) -> Trials:
@@ -209,6 +211,26 @@ class MetaLearner(nn.Module):
     def adapted(self) -> tuple[str, ...]:
         """Names of the parameters that the inner loop changes."""
         return self.lower.adapted
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; never the values that another thread is trying in their place."""
+        with exclusive:
+            found = list(super().named_parameters(*args, **kwargs))
+        yield from found
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        with exclusive:
+            return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        with exclusive:
+            return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        with exclusive:
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes what is compiled and known of its model for itself."""
@@ -251,12 +273,18 @@ class MetaLearner(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 return self._run(function, tasks.copied(), steps)
         try:
-            output = function(self.lower, tasks, steps, self.way(tasks))
-        except IndexError as error:  # of the loss
-            raise FewShotError(
-                f"a label fits none of the model's logits ({error}); expected labels 0 to N-1"
-            ) from error
-        return output
+            return function(self.lower, tasks, steps, self.way(tasks))
+        except (IndexError, RuntimeError):
+            self._require_labels(tasks)
+            raise
+
+    def _require_labels(self, tasks: Batch) -> None:
+        """Raises `FewShotError` for labels that the model has no logits for."""
+        with torch.no_grad():
+            ways = self(tasks.query[0][0]).shape[-1]
+        largest = max(int(labels.max()) for labels in (*tasks.inner[1::2], tasks.query[1]))
+        if largest >= ways:
+            raise FewShotError(f"labels go up to {largest}, but the model has {ways} logits; expected 0 to {ways - 1}")
 
     def batch(self, episodes: Episodes, generator: torch.Generator | None = None) -> Batch:
         """The tensors that the lower level and the queries need, validation sets drawn."""
@@ -268,7 +296,7 @@ class MetaLearner(nn.Module):
         name = engines.choose(self.engine, self.model, images.device, images.shape[-1]).name
         way = Way(name, self.compiled and torch.is_grad_enabled(), self.recompute and torch.is_grad_enabled())
         call: Any = ((images[0],), {})
-        if self.engine == "auto" and name == "vmap" and not self.trials.vectorises(way, call):
+        if self.engine == "auto" and name == "vmap" and not self.trials.vectorises(call):
             way = replace(way, tasks="loop")
         self.trials.require(way, call)
         return way

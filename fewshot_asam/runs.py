@@ -1,40 +1,68 @@
-"""A run folder: settings, metrics, TensorBoard events, curves and summary."""
+"""A run folder: settings, curves and summary."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import time
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fewshot_asam import distributed
-from fewshot_asam.checkpoint import SCRATCH, tidy, write_atomically
-from fewshot_asam.config import TrainConfig, to_yaml
+from fewshot_asam.checkpoint import is_scratch, tidy, write_atomically, write_text
+from fewshot_asam.config import LARGEST_COUNT, TrainConfig, from_yaml, to_yaml
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import Interval
+from fewshot_asam.files import open_regular
+from fewshot_asam.identity import require_same_settings
+from fewshot_asam.locks import LOCK, locked
+from fewshot_asam.metrics import Row, read_metrics
+from fewshot_asam.settings import conforming
 
-Row = dict[str, Any]
+OUTCOME: dict[str, type] = {
+    **dict.fromkeys(("test_accuracy", "test_ci95", "val_accuracy", "wall_seconds"), float),
+    **dict.fromkeys(("iterations", "best_iteration", "processes"), int),
+    **dict.fromkeys(("engine", "device"), str),
+}
+"""What a summary holds beside the settings, as far as it is used."""
+SETTINGS = "config.yaml"
+"""The file that makes a folder that of a run."""
 
-LOCK = ".lock"
-"""The file of a run folder that the process training into it holds locked."""
+
+def stored_settings(folder: Path) -> TrainConfig:
+    """The settings of the run in a folder; raises `FewShotError` where there is none."""
+    if not (folder / SETTINGS).is_file():
+        raise FewShotError(f"{folder} is not the folder of a run of train_maml (it has no {SETTINGS})")
+    return from_yaml(folder / SETTINGS)
+
+
+def require_resumable(config: TrainConfig) -> None:
+    """Raises `FewShotError` where `output_dir` is no run, or one that these settings would alter; reads alone.
+
+    Warns where a course of the learning rate is stretched.
+    """
+    if config.output_dir is None:
+        raise FewShotError("to resume needs the run to go on with; give its folder as output_dir")
+    stored = stored_settings(config.output_dir)
+    require_same_settings(config, stored)
+    read_metrics(config.output_dir)  # so that a file that cannot be read is met before anything is written
+    if stored.schedule == "cosine" and stored.iterations != config.iterations:
+        warnings.warn(
+            f"meta_lr falls to 0 at iteration {config.iterations} now, not {stored.iterations}: with schedule "
+            "'cosine' this is not the run that had so many iterations from the start",
+            stacklevel=2,
+        )
 
 
 @contextmanager
 def opened(config: TrainConfig, resume: bool) -> Iterator[Path]:
-    """The run's folder, a new one unless `resume`, with its settings written; no other process may train into it.
+    """The run's folder, a new and empty one unless `resume`; no other process may train into it meanwhile.
 
-    Raises `FewShotError` where it cannot be made or written, holds other things or is being trained into.
+    Nothing is written into it, as what it holds may turn out to be of another run. Raises `FewShotError` where it
+    cannot be made, holds other things or is being trained into.
     """
     with ExitStack() as held:
 
@@ -42,32 +70,19 @@ def opened(config: TrainConfig, resume: bool) -> Iterator[Path]:
             if not distributed.is_first():
                 return Path()
             folder = config.output_dir if resume and config.output_dir else _made(config)
-            held.enter_context(_locked(folder))
+            held.enter_context(locked(folder))
             if not resume:
                 _require_empty(folder)
-            tidy(folder)
-            write_text(folder / "config.yaml", to_yaml(config))
             return folder
 
         yield distributed.from_first(distributed.agreed(claimed))
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system releases when the process ends, however it ends."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FewShotError(f"another process is training into {folder}; choose another folder") from error
-    except (OSError, NotImplementedError) as error:
-        raise FewShotError(
-            f"the run folder {folder} cannot be written ({error}); choose another --output-dir"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+def begin(folder: Path, config: TrainConfig) -> None:
+    """Makes an opened folder ready to be trained into: tidied, its settings written."""
+    if distributed.is_first():
+        tidy(folder)
+        write_text(folder / SETTINGS, to_yaml(config))
 
 
 def _made(config: TrainConfig) -> Path:
@@ -81,9 +96,9 @@ def _made(config: TrainConfig) -> Path:
 
 
 def _require_empty(folder: Path) -> None:
-    if (folder / "config.yaml").exists():
+    if (folder / SETTINGS).exists():
         raise FewShotError(f"{folder} holds a run already; continue it with --resume, or choose another --output-dir")
-    if {path.name for path in folder.iterdir()} - {LOCK, *(path.name for path in folder.glob(SCRATCH))}:
+    if any(path.name != LOCK and not is_scratch(path) for path in folder.iterdir()):
         raise FewShotError(f"{folder} is not empty; choose a new --output-dir")
 
 
@@ -96,15 +111,6 @@ def _free(parent: Path, title: str) -> Path:
     return taken
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file, atomically."""
-    write_atomically(path, lambda scratch: _write(scratch, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def write_summary(folder: Path, summary: Row) -> None:
     """`summary.json`."""
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -115,93 +121,23 @@ def read_summary(folder: Path) -> Row:
     path = folder / "summary.json"
     remedy = "remove it, and train_maml --resume makes it anew"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with open_regular(path) as file:
+            summary = json.loads(file.read())
+    except (OSError, ValueError, RecursionError) as error:
         raise FewShotError(f"{path} cannot be read ({error}); {remedy}") from error
-    if not isinstance(summary, dict):
+    if not isinstance(summary, dict) or not summary.keys() >= OUTCOME.keys():
         raise FewShotError(f"{path} holds no summary of a run; {remedy}")
-    return summary
+    try:
+        return summary | {name: _possible(name, summary[name], kind) for name, kind in OUTCOME.items()}
+    except FewShotError as error:
+        raise FewShotError(f"{path} holds no summary of a run ({error}); {remedy}") from error
 
 
-def read_metrics(folder: Path) -> list[Row]:
-    """The rows of `metrics.jsonl`, in order, up to one that a killed process left unfinished; none without a file."""
-    path, rows = folder / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
-            break
-        if not all(isinstance(value, int | float) for value in row.values()):
-            break
-        rows.append(row)
-    return rows
-
-
-class MetricsLog:
-    """Appends rows to `metrics.jsonl` and their numbers to TensorBoard's events.
-
-    Rows beyond the first `rows` are dropped and the events are written anew from the others, so that a resumed run
-    repeats none. Events carry the time that was spent on training, not what passed while a run was stopped.
-    Raises `FewShotError` where they cannot be written.
-    """
-
-    def __init__(self, folder: Path, rows: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        kept = read_metrics(folder)[:rows]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        self._seconds = max((row.get("seconds", 0.0) for row in kept), default=0.0)
-        self._began = time.time() - self._seconds
-        self._lines = self.path.open("ab")
-        self._events = (folder / f"events.out.tfevents.{self._began:.0f}.{socket.gethostname()}").open("ab")
-        self._board = RecordWriter(self._events)
-        self._write(self._event(file_version="brain.Event:2"))
-        for row in kept:
-            self._draw(row)
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with suppress(OSError):  # of what could not be written before either
-            self._lines.close()
-        with suppress(OSError):
-            self._events.close()
-
-    def add(self, iteration: int, **values: float) -> None:
-        """One row: the numbers known after `iteration` meta-batches."""
-        row = {"iteration": iteration, **values}
-        with self._reported():
-            self._lines.write(json.dumps(row).encode() + b"\n")
-            self._lines.flush()
-            self._draw(row)
-
-    def sync(self) -> None:
-        """Waits until all rows are on the disk."""
-        with self._reported():
-            os.fsync(self._lines.fileno())
-
-    def _draw(self, row: Row) -> None:
-        self._seconds = row.get("seconds", self._seconds)
-        numbers = [Summary.Value(tag=tag, simple_value=number) for tag, number in row.items() if tag != "iteration"]
-        self._write(self._event(step=row["iteration"], summary=Summary(value=numbers)))
-
-    def _event(self, **content: Any) -> Event:
-        return Event(wall_time=self._began + self._seconds, **content)
-
-    def _write(self, event: Event) -> None:
-        self._board.write(event.SerializeToString())
-        self._board.flush()
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise FewShotError(f"{self.path} cannot be written ({error}); the last checkpoint is intact") from error
+def _possible(name: str, value: object, kind: Any) -> Any:
+    found = conforming(name, value, kind)
+    if kind is not str and not 0 <= found <= (1 if kind is float and name != "wall_seconds" else LARGEST_COUNT):
+        raise FewShotError(f"{name} is {found}")
+    return found
 
 
 def draw_curves(folder: Path, title: str, test: Interval) -> None:

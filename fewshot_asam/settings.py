@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.files import open_regular
+
+Record = TypeVar("Record")
 
 LARGEST_FILE = 20_000
 """Bytes; a file of settings has about a thousand."""
 DEEPEST = 3
 """Levels of nesting; YAML takes time that grows with their square."""
+MOST_BITS = 128
+"""Of a whole number: more is no setting, and more than 14,000 cannot be written."""
+LONGEST_VALUE = 200
+"""Characters of a value that is shown."""
 _REFUSED = re.compile(r'key "(?P<name>\w+)":\s.*(?:Got|Given) value: (?P<value>.*)', re.DOTALL)
 """How jsonargparse says that a value has not the type of its setting."""
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""What jsonargparse reads values with."""
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    str: "text",
+    dict: "names and values",
+}
 
 
 def read_yaml(path: Path, deepest: int = DEEPEST) -> dict[str, object]:
@@ -30,7 +49,7 @@ def read_yaml(path: Path, deepest: int = DEEPEST) -> dict[str, object]:
     Raises `FewShotError` naming the file and, where there is one, the line.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
             raise FewShotError(f"{path} has more than {LARGEST_FILE:,} bytes; expected a YAML file of settings")
@@ -44,6 +63,12 @@ def read_yaml(path: Path, deepest: int = DEEPEST) -> dict[str, object]:
     if not isinstance(read, dict):
         raise FewShotError(f"{path} does not hold settings; expected lines of a name and a value, such as 'ways: 5'")
     return read
+
+
+def require_plain(what: str, value: object) -> None:
+    """Raises `FewShotError` for a value that would grow if its text were read as YAML, as jsonargparse reads it."""
+    if not _is_plain(value, 1):
+        raise FewShotError(f"{what} is nested or has a YAML alias or tag; expected a plain value")
 
 
 def require_known(names: Collection[object], known: Collection[str], origin: str) -> None:
@@ -70,6 +95,29 @@ def explained(message: str, types: dict[str, Any]) -> str:
     return f"{name} is {value!r}; expected {_described(types[name])}{nearest(value, _choices(types[name]))}"
 
 
+def conforming(name: str, value: object, kind: Any) -> Any:
+    """The value of a setting as its type has it; numpy's numbers, whole ones for numbers and text for paths will do.
+
+    Raises `FewShotError` in the words of the command line where it is of another type.
+    """
+    for part in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        with suppress(TypeError, ValueError, OverflowError):
+            return _fitted(value, part)
+    hint = nearest(value, _choices(kind)) if isinstance(value, str) else ""
+    raise FewShotError(f"{name} is {_shown(value)}; expected {_described(kind)}{hint}")
+
+
+def filled(kind: type[Record], values: object, origin: str) -> Record:
+    """A dataclass of plain values from a mapping that names all its fields and no others.
+
+    Raises `FewShotError` in which `origin` is said.
+    """
+    hints = get_type_hints(kind)
+    if not isinstance(values, dict) or values.keys() != hints.keys():
+        raise FewShotError(f"{origin} is {_shown(values)}; expected values of {', '.join(hints)}")
+    return kind(**{name: conforming(f"{origin}: {name}", values[name], hints[name]) for name in hints})
+
+
 def expanded(path: Path) -> Path:
     """The path with a leading `~` or `~user` as that home folder; raises `FewShotError` where there is none."""
     try:
@@ -78,16 +126,62 @@ def expanded(path: Path) -> Path:
         raise FewShotError(f"{path} begins with a home folder that is not known; write it out") from error
 
 
+def _fitted(value: Any, kind: Any) -> Any:
+    """The value as one of this type, which is no union; raises what `conforming` suppresses where it is none."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return choices[choices.index(_fitted(value, type(choices[0])))]
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_fitted(*pair) for pair in zip(value, get_args(kind), strict=True))
+    if kind is Path and os.fspath(value):
+        return expanded(Path(value))
+    abstract = {int: Integral, float: Real}.get(kind, get_origin(kind) or kind)
+    if not isinstance(value, abstract) or isinstance(value, bool) != (kind is bool):
+        raise TypeError
+    if kind is int and int(value).bit_length() > MOST_BITS:
+        raise OverflowError
+    return None if value is None else kind(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of so many digits
+        text = "a number of very many digits"
+    return text if len(text) < LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
 def _require_plain(path: Path, text: str, deepest: int) -> None:
     """Raises for what a file of settings has no use for, and what could make it larger than it looks."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > deepest or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            where = f"{path} line {_line(event.start_mark)}"
-            raise FewShotError(f"{where} is nested or has a YAML alias or tag; expected names and plain values")
+    if odd := _first_odd(yaml.parse(text, yaml.SafeLoader), deepest):
+        where = f"{path} line {_line(odd.start_mark)}"
+        raise FewShotError(f"{where} is nested or has a YAML alias or tag; expected names and plain values")
     if root := yaml.compose(text, yaml.SafeLoader):
         _require_once(path, root)
+
+
+def _first_odd(events: Iterable[yaml.Event], deepest: int) -> yaml.Event | None:
+    """Where collections are first nested more than `deepest` deep, or an alias or a tag is given."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > deepest or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            return event
+    return None
+
+
+def _is_plain(value: object, deepest: int) -> bool:
+    """Whether a text is a scalar, or a collection of them where `deepest` is 1; and so are the texts in a list."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part, 0) for part in value)
+    if not isinstance(value, str):
+        return True
+    with suppress(yaml.YAMLError):  # such text is left as it stands
+        if _first_odd(yaml.parse(value, _LOADER), deepest):
+            return False
+        scalars = [event.value for event in yaml.parse(value, _LOADER) if isinstance(event, yaml.ScalarEvent)]
+        return deepest == 0 or all(_is_plain(text, 0) for text in scalars)
+    return True
 
 
 def _require_once(path: Path, node: yaml.Node) -> None:
@@ -129,4 +223,4 @@ def _described(kind: Any) -> str:
         return " or ".join(map(_described, parts))
     if get_origin(kind) is tuple:
         return f"a list of {len(parts)}, each {_described(parts[0])}"
-    return _TYPES.get(kind, str(kind))
+    return _TYPES.get(get_origin(kind) or kind, str(kind))

@@ -1,9 +1,10 @@
-"""Stopping at a good moment: the first SIGINT, SIGTERM or SIGALRM is a request, a second one leaves at once."""
+"""Stopping at a good moment: the first signal is a request, one that comes later leaves at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -11,7 +12,10 @@ from types import FrameType, TracebackType
 from fewshot_asam import distributed
 from fewshot_asam.distributed import PeerLost
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+"""Requests to stop: Ctrl-C, a scheduler, a lost terminal, SLURM's `--signal=USR1@60`, the end of a queue's minutes."""
+ECHO = 0.4
+"""Seconds in which a signal is the same request once more, as torchrun, a shell and a terminal each send theirs."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,17 +29,19 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """Within its `with` block the first signal is remembered and `check` raises `Stopped` where it suits.
 
-    From then on signals do what they did before the block. Signals reach the main thread only: in another thread this
-    does nothing.
+    A moment later signals do what they did before the block. Those that were ignored stay so. Signals reach the main
+    thread only: in another thread this does nothing.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self._came = 0.0
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if not _is_ignored(number)]
+            self._before = {number: signal.signal(number, self._request) for number in heeded}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -48,13 +54,21 @@ class Stop:
             raise Stopped(number)
 
     def _request(self, number: int, _: FrameType | None) -> None:
-        self.number = number
-        self._restore()
+        if not self.number:
+            self.number, self._came = number, time.monotonic()
+        elif time.monotonic() > self._came + ECHO:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    """Whether whoever started this process wants it to go on, as `nohup` does; the clock is our own."""
+    return number != signal.SIGALRM and signal.getsignal(number) == signal.SIG_IGN
 
 
 @contextmanager

@@ -14,11 +14,13 @@ from tqdm import tqdm
 from fewshot_asam import __version__, distributed, engine, runs
 from fewshot_asam.analysis.congruence import congruence
 from fewshot_asam.checkpoint import latest_state
-from fewshot_asam.config import TrainConfig, plain
+from fewshot_asam.config import TrainConfig, located, plain
 from fewshot_asam.distributed import PeerLost
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.evaluate import Interval, evaluate, interval
+from fewshot_asam.identity import data, require_same_everywhere, shared
+from fewshot_asam.metrics import MetricsLog
 from fewshot_asam.prepare import load_data, resolve_device
 from fewshot_asam.stop import Stop, Stopped
 from fewshot_asam.trainer import Trainer, build, evaluation_sampler
@@ -30,19 +32,29 @@ ROWS = 500
 def train(config: TrainConfig, resume: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Trains, tests and writes the run folder; prints one line with the test accuracy.
 
+    `resume` goes on with the run in `output_dir`. Settings that would alter it, other data and a folder without a run
+    are refused before anything is written.
+
     SIGINT and SIGTERM end the iteration, save the state and raise `Stopped`, a `KeyboardInterrupt`; so does a request
     that reached `stop`, the caller's own, which is then in charge of the signals.
 
     **Returns:** what `summary.json` holds. Raises `FewShotError` for settings that cannot be run, for a loss that is
     not finite and where the run folder cannot be written; the last checkpoint stays.
     """
+    config = located(config)
+    require_same_everywhere({"resume": resume, **shared(config)})
+    if resume:
+        distributed.agreed(lambda: runs.require_resumable(config) if distributed.is_first() else None)
     device = distributed.agreed(lambda: resolve_device(config.device))
     dataset = distributed.one_a_machine_first(lambda: load_data(config, device))
     with precision(config.precision, device):
         trainer = distributed.agreed(lambda: build(config, dataset, device))
+        require_same_everywhere(data(trainer.identity))
         with runs.opened(config, resume) as trainer.folder:
             if resume:
                 trainer.restore()
+            distributed.agreed(lambda: runs.begin(trainer.folder, config))
+            trainer.rewrite()
             _announce(trainer)
             if config.compiled and not _finished(trainer):
                 _compile(trainer)
@@ -151,8 +163,10 @@ def _fit(trainer: Trainer, stop: Stop) -> None:
     bar = tqdm(
         total=total, initial=done, unit="it", desc="training", dynamic_ncols=True, mininterval=pause, disable=not first
     )
-    with bar, runs.MetricsLog(trainer.folder, trainer.progress.rows) if first else nullcontext() as log:
+    with bar, MetricsLog(trainer.folder, trainer.progress.rows) if first else nullcontext() as log:
         try:
+            if log is not None:
+                trainer.progress.rows = log.rows
             _loop(trainer, stop, bar, log)
         except (Stopped, PeerLost) as error:
             if isinstance(error, Stopped) or trainer.device.type == "cpu":  # a GPU would wait for the lost process
@@ -160,7 +174,7 @@ def _fit(trainer: Trainer, stop: Stop) -> None:
             raise
 
 
-def _loop(trainer: Trainer, stop: Stop, bar: Any, log: runs.MetricsLog | None) -> None:
+def _loop(trainer: Trainer, stop: Stop, bar: Any, log: MetricsLog | None) -> None:
     progress, config = trainer.progress, trainer.config
     every = max(1, config.iterations // ROWS)
     started = time.monotonic() - progress.seconds
@@ -184,7 +198,7 @@ def _loop(trainer: Trainer, stop: Stop, bar: Any, log: runs.MetricsLog | None) -
         bar.update()
 
 
-def _save(trainer: Trainer, log: runs.MetricsLog | None) -> None:
+def _save(trainer: Trainer, log: MetricsLog | None) -> None:
     if log is not None:
         log.sync()
     trainer.save()
@@ -200,7 +214,7 @@ def _out_of_time(trainer: Trainer) -> bool:
     return minutes is not None and distributed.largest(trainer.progress.seconds) >= 60 * minutes
 
 
-def _report(trainer: Trainer, bar: Any, log: runs.MetricsLog | None) -> None:
+def _report(trainer: Trainer, bar: Any, log: MetricsLog | None) -> None:
     progress, numbers = trainer.progress, trainer.read()
     if len(numbers) == 0:
         return
@@ -217,7 +231,7 @@ def _report(trainer: Trainer, bar: Any, log: runs.MetricsLog | None) -> None:
     bar.set_postfix_str(text, refresh=False)
 
 
-def _validate(trainer: Trainer, stop: Stop, log: runs.MetricsLog | None) -> None:
+def _validate(trainer: Trainer, stop: Stop, log: MetricsLog | None) -> None:
     config, progress = trainer.config, trainer.progress
     sampler = evaluation_sampler(config, trainer.dataset.val)
     accuracies = evaluate(trainer.learner, sampler, config.validate_tasks, config.inner_steps, stop.check)

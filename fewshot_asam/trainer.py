@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor
 
 from fewshot_asam import __version__, distributed, upper
-from fewshot_asam.checkpoint import Weights, decode, load_weights, read_state, save_state, save_weights, weights
+from fewshot_asam.checkpoint import (
+    Weights,
+    decode,
+    not_finite,
+    put_weights,
+    read_state,
+    read_weights,
+    save_state,
+    save_weights,
+    weights,
+)
 from fewshot_asam.config import TrainConfig
 from fewshot_asam.data import Dataset
 from fewshot_asam.data.images import ImageSet
@@ -20,31 +31,20 @@ from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import evaluate
+from fewshot_asam.identity import Identity, from_json, identify, require_same
 from fewshot_asam.meta import MetaLearner
 from fewshot_asam.prepare import build_learner
+from fewshot_asam.progress import Progress
+from fewshot_asam.settings import filled
 
 EVALUATION_SEED = 0
 """Of the validation and test tasks: the same for every run, whatever its own seed."""
+MOST_STEPS = 2**24
+"""The optimiser counts its steps in single precision, which ends here."""
 
 
 class Diverged(FewShotError):
     """A loss or a meta-gradient is not finite."""
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds beside tensors."""
-
-    iteration: int = 0
-    validated: int = 0
-    """the iteration of the last validation"""
-    rows: int = 0
-    """lines of metrics.jsonl"""
-    best_accuracy: float = -1.0
-    best_iteration: int = 0
-    seconds: float = 0.0
-    engine: str = ""
-    """what `auto` chose, so that a resumed run goes on in the same way"""
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Trainer:
 
     config: TrainConfig
     dataset: Dataset
+    identity: Identity
     learner: MetaLearner
     train_tasks: EpisodeSampler
     optimizer: torch.optim.Optimizer
@@ -106,24 +107,26 @@ class Trainer:
         self.read()
         if distributed.is_first():
             save_state(self.folder, self.progress.iteration, self._state())
-            save_weights(self.folder / "last.safetensors", weights(self.learner.model))
+            self._save_weights("last", weights(self.learner.model))
 
     def keep_best(self) -> None:
         """Remembers the present weights as the best ones."""
         self.best = weights(self.learner.model)
         if distributed.is_first():
-            save_weights(self.folder / "best.safetensors", self.best)
+            self._save_weights("best", self.best)
 
     def restore(self) -> None:
-        """Goes on from the newest whole checkpoint of the folder, if it has one, and writes its weights anew."""
+        """Goes on from the newest whole checkpoint of the folder, if it has one; writes nothing."""
         data, name = distributed.from_first(distributed.agreed(self._stored))
-        if not data:
-            return
-        distributed.agreed(lambda: self._load(decode(data, name), name))
-        if distributed.is_first():
-            save_weights(self.folder / "last.safetensors", weights(self.learner.model))
+        if data:
+            distributed.agreed(lambda: self._load(decode(data, name), name))
+
+    def rewrite(self) -> None:
+        """Writes the weights of the restored checkpoint anew, as files may be of a life of the run that was lost."""
+        if distributed.is_first() and self.progress.iteration:
+            self._save_weights("last", weights(self.learner.model))
             if self.best:
-                save_weights(self.folder / "best.safetensors", self.best)
+                self._save_weights("best", self.best)
 
     def last_saved(self) -> str:
         """Where a run that cannot go on was saved last, in words."""
@@ -131,34 +134,101 @@ class Trainer:
         return f"The last good checkpoint is {saved}" if saved.exists() else "No checkpoint had been written yet"
 
     def _stored(self) -> tuple[bytes, str]:
-        return read_state(self.folder) if distributed.is_first() else (b"", "")
+        if not distributed.is_first():
+            return b"", ""
+        data, name = read_state(self.folder)
+        left = [path for path in map(self.folder.joinpath, ("last.safetensors", "summary.json")) if path.exists()]
+        if left and not data:
+            raise FewShotError(
+                f"{left[0]} is of a run whose checkpoints are gone, so it cannot go on; put them back, or start a new "
+                "run in another folder"
+            )
+        return data, name
+
+    def _save_weights(self, name: str, values: Weights) -> None:
+        save_weights(self.folder / f"{name}.safetensors", values, self.identity.to_json())
 
     def _state(self) -> dict[str, Any]:
         """Everything that the next iteration and the lines of metrics depend on."""
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {
+            **_prefixed("model", self.learner.model.state_dict()),
+            **_prefixed("best", self.best),
+            **_prefixed("tasks", self.train_tasks.state_dict()),
+            **{name: value for i in moments for name, value in _prefixed(f"optimizer/{i}", moments[i]).items()},
+            "unlogged": self.unlogged,
+        }
         return {
             "package_version": __version__,
+            "identity": asdict(self.identity),
             "progress": vars(self.progress),
-            "model": self.learner.model.state_dict(),
-            "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "train_tasks": self.train_tasks.state_dict(),
-            "unlogged": self.unlogged,
+            "tensors": {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()},
         }
 
     def _load(self, state: dict[str, Any], name: str) -> None:
+        """Goes on from a decoded state; raises `FewShotError` naming it where it is none of this run."""
+        made_by = filled(Identity, state.get("identity"), f"{name}: what made the run")
+        require_same(self.identity, made_by, name)
+        if made_by.images != self.identity.images:
+            raise FewShotError(
+                f"{name} was made with other images of the same classes; use the data that the run was trained on, or "
+                "start a new run"
+            )
+        progress = filled(Progress, state.get("progress"), f"{name}: progress")
+        tensors: Weights = state["tensors"]
         try:
-            self.progress = Progress(**state["progress"])
-            self.learner.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.train_tasks.load_state_dict(state["train_tasks"])
-            self.best, self.unlogged = state["best"], state["unlogged"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if int(Path(name).stem) != progress.iteration:
+                raise ValueError(f"it is of iteration {progress.iteration}")
+            if problem := progress.problem() or self._unlike(tensors, progress):
+                raise ValueError(problem)
+            self.progress, self.unlogged, self.best = progress, tensors["unlogged"], _below("best", tensors)
+            self.learner.model.load_state_dict(_below("model", tensors))
+            self.train_tasks.load_state_dict(_below("tasks", tensors))
+            moments = {i: _below(f"optimizer/{i}", tensors) for i in self._parameters(progress)}
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            self.schedule = upper.schedule(self.optimizer, self.config, progress.iteration)
+        except (ValueError, RuntimeError) as error:
             raise FewShotError(
                 f"{name} is not of a run with these settings, this package ({__version__}) and this kind of device "
                 f"({' '.join(str(error).split())})"
             ) from error
+
+    def _unlike(self, tensors: Weights, progress: Progress) -> str:
+        """What is wrong with the tensors of a state with this progress; empty where nothing is."""
+        rows = (*tensors.get("unlogged", self.unlogged).shape, 0)[0]
+        model, moments = weights(self.learner.model), self._parameters(progress)
+        expected = {"unlogged": self.unlogged.new_empty(min(rows, progress.iteration), 3)}
+        expected |= _prefixed("model", model) | _prefixed("best", model if progress.best_iteration else {})
+        expected |= _prefixed("tasks", self.train_tasks.state_dict())
+        for index, parameter in moments.items():
+            state = {"step": parameter.new_empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            expected |= _prefixed(f"optimizer/{index}", state)
+        for name in expected.keys() ^ tensors.keys():
+            return f"{name} is {'missing' if name in expected else 'unknown'}"
+        for name, like in expected.items():
+            if (found := tensors[name]).shape != like.shape or found.dtype != like.dtype:
+                return f"{name} is {found.dtype} {list(found.shape)}, not {like.dtype} {list(like.shape)}"
+        if bad := not_finite(tensors):
+            return f"{bad} has numbers that are not finite"
+        for index in moments:
+            if tensors[f"optimizer/{index}/step"].item() != min(progress.iteration, MOST_STEPS):
+                return f"optimizer/{index}/step is not the iteration"
+            if bool((tensors[f"optimizer/{index}/exp_avg_sq"] < 0).any()):
+                return f"optimizer/{index}/exp_avg_sq has squares below 0"
+        return ""
+
+    def _parameters(self, progress: Progress) -> dict[int, Tensor]:
+        """The parameters, by number, of which the optimiser has a state then."""
+        return dict(enumerate(p.detach() for p in self.learner.parameters())) if progress.iteration else {}
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Weights:
+    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Weights:
+    start = f"{prefix}/"
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
 def build(config: TrainConfig, dataset: Dataset, device: torch.device) -> Trainer:
@@ -172,9 +242,9 @@ def build(config: TrainConfig, dataset: Dataset, device: torch.device) -> Traine
         )
     optimizer = upper.optimizer(learner, config)
     schedule = upper.schedule(optimizer, config)
-    return Trainer(
-        config, dataset, learner, train_tasks, optimizer, schedule, upper.iteration(learner, optimizer, config)
-    )
+    iterate = upper.iteration(learner, optimizer, config)
+    identity = identify(config, dataset)
+    return Trainer(config, dataset, identity, learner, train_tasks, optimizer, schedule, iterate)
 
 
 def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUATION_SEED) -> EpisodeSampler:
@@ -182,10 +252,19 @@ def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUA
     return EpisodeSampler(images, config.ways, config.shots, config.queries, seed=seed)
 
 
-def best_learner(folder: Path, config: TrainConfig, dataset: Dataset) -> MetaLearner:
-    """The best weights of a run folder, with the rule of `config`, on the dataset's device."""
+def best_learner(folder: Path, config: TrainConfig, dataset: Dataset, made_by: Identity) -> MetaLearner:
+    """The best weights of a run folder, with the rule of `config`, on the dataset's device.
+
+    Raises `FewShotError` where they were made by other settings or classes than `made_by`, and warns of other images.
+    """
+    file = folder / "best.safetensors"
+    best, text = read_weights(file)
+    stored = from_json(text, str(file))
+    require_same(made_by, stored, str(file))
     learner = build_learner(config, dataset.train.shape)
-    load_weights(folder / "best.safetensors", learner.model)
+    put_weights(best, learner.model, str(file))
+    if stored.images != made_by.images:
+        warnings.warn(f"{file} was made with other images of the same classes than it is tested on", stacklevel=2)
     return learner.to(dataset.test.images.device)
 
 

@@ -26,9 +26,11 @@ def optimizer(learner: MetaLearner, config: TrainConfig) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=torch.tensor(config.meta_lr, device=parameters[0].device), capturable=True)
 
 
-def schedule(adam: torch.optim.Adam, config: TrainConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """The course of the learning rate over the iterations."""
-    return torch.optim.lr_scheduler.LambdaLR(adam, lambda iteration: _rate(config, iteration))
+def schedule(
+    adam: torch.optim.Optimizer, config: TrainConfig, iteration: int = 0
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The course of the learning rate over the iterations, as it is after so many of them."""
+    return torch.optim.lr_scheduler.LambdaLR(adam, lambda index: _rate(config, index), last_epoch=iteration - 1)
 
 
 def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainConfig) -> Iteration:

@@ -153,15 +153,20 @@ def die_at_event(number: int) -> None:
     sys.addaudithook(count)
 
 
+def environments(count: int) -> list[dict[str, str]]:
+    """What torchrun sets for each of so many processes of one job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def start_job(
     folder: Path, count: int, work: Callable[..., object], *arguments: object, **environment: str
 ) -> list[BaseProcess]:
     """Starts `count` processes of one job, as torchrun would; each calls `work` and prints to `folder/RANK.log`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    ranks = [{**job, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    ranks = [{**own, **environment} for own in environments(count)]
     logs = [folder / f"{rank}.log" for rank in range(count)]
     started = [processes.Process(target=_join, args=(*pair, work, arguments)) for pair in zip(ranks, logs, strict=True)]
     for process in started:

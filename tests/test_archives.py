@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from fewshot_asam.data import archives
 from fewshot_asam.data.archives import decode_image, fetch, list_tree, locate, open_zip, read_file, read_member
 from fewshot_asam.errors import FewShotError
+from test_files import make
 
 
 def line(*parts: str) -> str:
@@ -95,21 +98,29 @@ def test_a_member_that_is_not_there_is_named(archive: Path) -> None:
         read_member(opened, "a/third.txt")
 
 
+def test_a_strange_name_costs_one_line_too(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "some.zip", "w", zipfile.ZIP_BZIP2) as file:
+        file.writestr("a\nb", b"content")
+    for name in ("a\nb", "c\nd"):
+        with open_zip(tmp_path / "some.zip") as file, pytest.raises(FewShotError, match=line(repr(name))):
+            read_member(file, name)
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", None])
 def test_what_is_no_zip_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "bad.zip"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(FewShotError, match=line(str(path), "expected a complete zip archive")):
-        open_zip(path)
+    with pytest.raises(FewShotError, match=line(str(path), "expected a complete zip archive")), open_zip(path):
+        pass
 
 
 def test_a_zip_cut_short_anywhere_is_named(archive: Path) -> None:
     whole = archive.read_bytes()
     for length in range(0, len(whole), 97):
         archive.write_bytes(whole[:length])
-        with pytest.raises(FewShotError, match=line(str(archive), "complete zip archive")):
-            open_zip(archive)
+        with pytest.raises(FewShotError, match=line(str(archive), "complete zip archive")), open_zip(archive):
+            pass
 
 
 def test_a_zip_cut_short_while_open_is_named(archive: Path) -> None:
@@ -164,6 +175,68 @@ def test_jpeg_is_turned_upright(photo: np.ndarray) -> None:
     np.testing.assert_allclose(decode_image(stored, "x.jpg", "RGB", (40, 60)), photo.transpose(2, 0, 1), atol=12)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "off"),
+    [
+        ("PNG", {}, 0),
+        ("JPEG", {"quality": 95}, 12),
+        ("WEBP", {"lossless": True}, 0),
+        ("BMP", {}, 0),
+        ("GIF", {}, 40),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+    ],
+)
+def test_formats(photo: np.ndarray, kind: str, settings: dict[str, object], off: int) -> None:
+    decoded = decode_image(encode(photo, kind, **settings), "x", "RGB", (40, 60))
+    np.testing.assert_allclose(decoded, photo.transpose(2, 0, 1), atol=off)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_of_several_frames_the_first_is_taken(kind: str) -> None:
+    buffer = io.BytesIO()
+    first, *rest = (Image.new("RGB", (9, 7), colour) for colour in ("red", "lime", "blue"))
+    first.save(buffer, kind, save_all=True, append_images=rest, **({"lossless": True} if kind == "WEBP" else {}))
+    red = np.broadcast_to(np.array([255, 0, 0], np.uint8)[:, None, None], (3, 7, 9))
+    np.testing.assert_array_equal(decode_image(buffer.getvalue(), "x", "RGB", (7, 9)), red)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "settings"), [("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
+def test_every_orientation_is_turned_as_pillow_does(
+    photo: np.ndarray, kind: str, settings: dict[str, object], orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = encode(photo, kind, exif=exif, **settings)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(stored))))
+    size = (60, 40) if orientation > 4 else (40, 60)
+    np.testing.assert_array_equal(decode_image(stored, "x", "RGB", size), expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_damaged_exif_gives_an_image_or_the_one_error(photo: np.ndarray, kind: str) -> None:
+    chance, exif, read, messages = np.random.default_rng(0), Image.Exif(), 0, []
+    exif[0x0112], exif[0x010F], exif[0x011A], exif[0x0128] = 6, "maker", 72.0, 2
+    whole = encode(photo, kind, exif=exif)
+    start = whole.index(exif.tobytes().removeprefix(b"Exif\0\0")[:8]) if kind != "TIFF" else 0
+    stop = len(whole) if kind == "TIFF" else min(len(whole), start + len(exif.tobytes()))
+    for _ in range(1500):
+        damaged = bytearray(whole)
+        for _ in range(chance.integers(1, 4)):
+            damaged[chance.integers(start, stop)] = chance.integers(256)
+        if kind == "PNG":
+            at = damaged.index(b"eXIf")
+            length = int.from_bytes(damaged[at - 4 : at], "big")
+            damaged[at + 4 + length : at + 8 + length] = struct.pack(">I", zlib.crc32(damaged[at : at + 4 + length]))
+        try:
+            read += decode_image(bytes(damaged), "x.bin", "L", (8, 8)).shape == (1, 8, 8)
+        except FewShotError as error:
+            messages.append(str(error))
+    assert all(re.search(line("x.bin", "expected"), message) for message in messages)
+    assert read > (100 if kind == "TIFF" else 1000)
+
+
 def test_transparency_is_laid_over_white() -> None:
     ink = np.zeros((8, 8, 4), np.uint8)
     ink[2:5, 2:5, 3] = 255
@@ -177,9 +250,39 @@ def test_transparency_is_laid_over_white() -> None:
     np.testing.assert_array_equal(decode_image(palette.getvalue(), "x.png", "L", (8, 8))[0], expected)
 
 
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_transparency_in_bands_is_that_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, mode: Literal["RGB", "L"], kind: str
+) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 30, 4), np.uint8)).convert(kind)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **({"transparency": bytes(range(256))} if kind == "P" else {}))
+    layer = Image.open(buffer).convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode)
+    expected = np.asarray(whole.resize((20, 10), Image.Resampling.BILINEAR))
+    for rows in (7, 50, 256):
+        monkeypatch.setattr(archives, "BAND", rows)
+        decoded = decode_image(buffer.getvalue(), "x", mode, (10, 20))
+        np.testing.assert_array_equal(decoded, expected[None] if mode == "L" else expected.transpose(2, 0, 1))
+
+
 def test_sixteen_bit_grey_is_scaled() -> None:
     ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
     np.testing.assert_array_equal(decode_image(encode(ramp), "x.png", "L", (8, 8))[0], ramp // 256)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (np.full((8, 8), 70_000, np.int32), "more than 16 bits"),
+        (np.full((8, 8), -1, np.int32), "more than 16 bits"),
+        (np.full((8, 8), 0.5, np.float32), "fractions"),
+    ],
+)
+def test_grey_of_unknown_range_is_refused(pixels: np.ndarray, said: str) -> None:
+    with pytest.raises(FewShotError, match=line("x.tif", said, "expected")):
+        decode_image(encode(pixels, "TIFF"), "x.tif", "L", (8, 8))
 
 
 def test_the_number_of_pixels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +304,9 @@ def write_zip_bomb(path: Path, claimed: int) -> None:
         archive.filelist[0].file_size = claimed
 
 
-def write_huge_png(path: Path) -> None:
-    """Well-formed, a few hundred bytes, and 60,000 pixels wide and high."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 6, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(1000)))]
+def write_png(path: Path, width: int, height: int, content: bytes) -> None:
+    """Well-formed grey PNG of that size, whatever it holds."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(content))]
     body = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in [*chunks, (b"IEND", b"")]
@@ -221,7 +324,11 @@ limit = pages * resource.getpagesize() + 200_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 path = Path(sys.argv[1])
 try:
-    data = path.read_bytes() if path.suffix == ".png" else read_member(open_zip(path), "x.png")
+    if path.suffix == ".png":
+        data = path.read_bytes()
+    else:
+        with open_zip(path) as archive:
+            data = read_member(archive, "x.png")
     decode_image(data, path.name, "RGB", (8, 8))
 except FewShotError as error:
     print(error)
@@ -235,7 +342,9 @@ except FewShotError as error:
     [
         ("bomb.zip", lambda path: write_zip_bomb(path, 4000 * 2**20), "member x.png has 4,194,304,000 bytes"),
         ("liar.zip", lambda path: write_zip_bomb(path, 10), "member x.png cannot be read"),
-        ("huge.png", write_huge_png, "huge.png cannot be decoded"),
+        ("huge.png", lambda path: write_png(path, 60_000, 60_000, bytes(1000)), "huge.png cannot be decoded"),
+        ("high.png", lambda path: write_png(path, 1, 80_000_000, bytes(160_000_000)), "1 x 80000000 pixels"),
+        ("wide.png", lambda path: write_png(path, 80_000_000, 1, bytes(80_000_001)), "80000000 x 1 pixels"),
     ],
 )
 def test_what_inflates_is_refused_in_little_memory(
@@ -281,7 +390,7 @@ def test_a_member_is_read_and_never_unpacked(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"no image", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_image_is_named(data: bytes) -> None:
-    with pytest.raises(FewShotError, match=line("some/x.png", "expected an undamaged PNG or JPEG")):
+    with pytest.raises(FewShotError, match=line("some/x.png", "expected an undamaged PNG, JPEG")):
         decode_image(data, "some/x.png", "L", (8, 8))
 
 
@@ -322,6 +431,22 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a/x.png").symlink_to(tmp_path / "none.png")
     with pytest.raises(FewShotError, match=line(str(tmp_path / "a/x.png"), "expected")):
         list_tree(tmp_path, "*/*")
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
+def test_what_is_no_file_is_named_at_once(tmp_path: Path, kind: str) -> None:
+    path = make(tmp_path / "x", kind)
+    with pytest.raises(FewShotError, match=line(str(path), kind)):
+        read_file(path)
+    with pytest.raises(FewShotError, match=line(str(path), kind)), open_zip(path):
+        pass
+
+
+def test_an_endless_file_is_not_read_to_its_end(tmp_path: Path) -> None:
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(FewShotError, match=line("sparse.png", "more than 100,000,000 bytes")):
+        read_file(tmp_path / "sparse.png")
 
 
 @pytest.fixture

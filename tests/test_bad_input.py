@@ -51,7 +51,7 @@ COMMANDS = [
     ("--ways='3\0'", "ways is '3\\x00'; expected a whole number"),
     ("--ways=true", "ways is 'True'; expected a whole number"),
     ("--ways=[3]", "ways is '[3]'; expected a whole number"),
-    (f"--ways={'[' * 5000}", "ways is '["),
+    (f"--ways={'[' * 5000}", "--ways is nested"),
     (f"--ways={'9' * 5000}", "Exceeds the limit"),
     ("--ways.x 3", "ways is"),
     ("--rho=a", "rho is 'a'; expected a number"),
@@ -212,7 +212,7 @@ EVALUATIONS = [
     ("run queries", "run has queries 2 and queries 1; runs that are compared must share it"),
     ("run unweighted", "unweighted/best.safetensors does not exist"),
     ("run damaged", "damaged/best.safetensors is damaged"),
-    ("run wider", "wider/best.safetensors holds the weights of another model"),
+    ("run wider", "wider/best.safetensors was made with hidden 4, but the run's setting is 8"),
     ("newer", "newer/config.yaml is of another version: there is no setting 'dropout'"),
     ("cut", "cut/config.yaml lacks"),
     ("garbled", "garbled/config.yaml is not a YAML file of settings"),
@@ -316,7 +316,7 @@ def test_what_is_no_settings_file(refuse: Refuse, file: str, said: str) -> None:
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no endless file")
 def test_an_endless_settings_file(refuse: Refuse) -> None:
-    refuse(train_maml.main, f"{QUICK} --config /dev/zero", "has more than 20,000 bytes")
+    refuse(train_maml.main, f"{QUICK} --config /dev/zero", "it is a device, not a file")
 
 
 @pytest.mark.parametrize(("words", "said"), EVALUATIONS)

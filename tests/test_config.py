@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -107,6 +110,61 @@ def test_a_stored_value_that_is_wrong_is_named(tmp_path: Path, name: str, value:
         from_yaml(tmp_path / "config.yaml")
 
 
+def laughs(levels: int) -> str:
+    """A few hundred characters of YAML that stand for `3 ** levels` words."""
+    return "[" + ", ".join(["&a0 a", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 3)}]" for i in range(1, levels))]) + "]"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [laughs(9), "&a [*a, 1, 2]", "[" * 40 + "]" * 40, "!!set {a, b, c}", "[1, [2], 3]", ["&a [*a]"], "['[[a]]']"],
+)
+@pytest.mark.parametrize("name", ["split_fractions", "ways", "inner", "rho1", "max_minutes", "data_root"])
+def test_a_string_that_is_yaml_itself_is_refused(tmp_path: Path, name: str, value: str | list[str]) -> None:
+    """In a stored file, in a file of settings and on the command line; read, it could grow without end."""
+    whole = yaml.safe_load(to_yaml(TrainConfig())) | {name: value}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
+    (tmp_path / "flags.yaml").write_text(yaml.safe_dump({name: value}))
+    option, text = f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)
+    for read in (
+        lambda: from_yaml(tmp_path / "config.yaml"),
+        lambda: train_maml._settings(["--config", str(tmp_path / "flags.yaml")], TrainConfig()),
+        lambda: train_maml._settings([f"{option}={text}"], TrainConfig()),
+        lambda: train_maml._settings([option, text], TrainConfig()),
+    ):
+        with pytest.raises(FewShotError, match=r"\A.* is nested or has a YAML alias or tag; expected a plain value"):
+            read()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    for read in (
+        lambda: from_yaml(tmp_path / "config.yaml"),
+        lambda: train_maml._settings(["--config", str(tmp_path / "config.yaml")], TrainConfig()),
+    ):
+        with pytest.raises(FewShotError, match=r"config\.yaml is not a YAML file of settings \(it is a named pipe"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        ("--dataset folder --split-fractions [0.5,.25,25e-2]", ("split_fractions", (0.5, 0.25, 0.25))),
+        ("--rho1 1e-3", ("rho1", 1e-3)),
+        ("--rho1 null", ("rho1", None)),
+        ("--first-order yes", ("first_order", True)),
+        ("--compiled=true", ("compiled", True)),
+        ("--iterations 1_000", ("iterations", 1000)),
+        ("--output-dir [a]", ("output_dir", Path("[a]"))),
+        ("--output-dir a&b*c:d", ("output_dir", Path("a&b*c:d"))),
+    ],
+)
+def test_plain_values_are_read_as_ever(words: str, setting: tuple[str, object]) -> None:
+    name, value = setting
+    config, _ = train_maml._settings(words.split(), TrainConfig())
+    assert getattr(config, name) == value
+
+
 @pytest.mark.parametrize("name", ["ways", "shots", "queries", "iterations", "meta_batch_size", "inner_steps", "hidden"])
 def test_counts_are_positive(name: str) -> None:
     with pytest.raises(FewShotError, match=f"{name} is 0; expected at least 1"):
@@ -134,6 +192,24 @@ def test_counts_are_positive(name: str) -> None:
         ({"test_tasks": 10**30}, "at most 1,000,000,000"),
         ({"output_dir": Path("a\nb")}, "output_dir is 'a"),
         ({"data_root": Path("a\udcff")}, "data_root is 'a"),
+        ({"iterations": 10.5}, "iterations is 10.5; expected a whole number"),
+        ({"iterations": "10"}, "iterations is '10'; expected a whole number"),
+        ({"iterations": True}, "iterations is True; expected a whole number"),
+        ({"iterations": np.float64(10)}, "iterations is np.float64\\(10.0\\); expected a whole number"),
+        ({"hidden": 10**5000}, "hidden is a number of very many digits; expected a whole number"),
+        ({"inner_lr": "0.1"}, "inner_lr is '0.1'; expected a number"),
+        ({"inner_lr": 10**400}, "inner_lr is 1000.*; expected a number"),
+        ({"clip_grad": True}, "clip_grad is True; expected a number"),
+        ({"first_order": 1}, "first_order is 1; expected true or false"),
+        ({"inner": "mamml"}, "inner is 'mamml'; expected one of maml, .*; did you mean maml\\?"),
+        ({"inner": ["maml"]}, "inner is \\['maml'\\]; expected one of maml, "),
+        ({"channels": True}, "channels is True; expected one of 1, 3"),
+        ({"split_fractions": (0.5, 0.5)}, "split_fractions is .*; expected a list of 3, each a number"),
+        ({"split_fractions": "abc"}, "split_fractions is 'abc'; expected a list of 3"),
+        ({"output_dir": 3}, "output_dir is 3; expected a path"),
+        ({"output_dir": ""}, "output_dir is ''; expected a path"),
+        ({"output_dir": b"runs"}, "output_dir is b'runs'; expected a path"),
+        ({"output_dir": "~nobody-of-this-name/x"}, "home folder"),
         ({"dataset": "glyphs", "image_size": 28}, "image_size is given, but dataset is 'glyphs'"),
         ({"dataset": "omniglot", "split_csv": Path("a.csv")}, "split_csv is given, but dataset is 'omniglot'"),
     ],
@@ -141,6 +217,28 @@ def test_counts_are_positive(name: str) -> None:
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(FewShotError, match=message):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("output_dir", "runs/x", Path("runs/x")),
+        ("data_root", "~/data", Path.home() / "data"),
+        ("output_dir", PurePosixPath("runs/x"), Path("runs/x")),
+        ("iterations", np.int64(10), 10),
+        ("inner_lr", 1, 1.0),
+        ("inner_lr", np.float32(0.5), 0.5),
+        ("inner", np.str_("maml"), "maml"),
+    ],
+)
+def test_what_stands_for_a_setting_is_taken_as_one(tmp_path: Path, name: str, given: object, expected: object) -> None:
+    """By `replace` too; what is stored is plain, so that it comes back from YAML."""
+    config = replace(TrainConfig(), **{name: given})
+    assert getattr(config, name) == expected
+    assert isinstance(getattr(config, name), type(expected))
+    assert getattr(TrainConfig(**{name: given}), name) == expected
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
 
 
 def test_every_switch_reaches_the_learner() -> None:

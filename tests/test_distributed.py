@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import faults
 from fewshot_asam import FewShotError, distributed, upper
 from fewshot_asam.checkpoint import decode, read_state
 from fewshot_asam.cli import eval_maml, train_maml
+from fewshot_asam.cli.parsing import run
 from fewshot_asam.config import TrainConfig
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.evaluate import TASKS_AT_ONCE, evaluate
@@ -154,6 +157,100 @@ def failing() -> str:
 
 def test_what_fails_in_one_process_is_said_once_and_ends_all(tmp_path: Path) -> None:
     assert results(tmp_path, 3, failing) == ["process 1: no such file", "exit 2", "exit 2"]
+
+
+def left_behind() -> bool:
+    """Whether a group is left after a failure."""
+    with suppress(FewShotError), distributed.joined():
+        distributed.largest(1.0)
+        raise FewShotError("no such file")
+    return torch.distributed.is_initialized()
+
+
+def run_unjoined(work: Any, out: Path) -> int:
+    torch.save(work(), out / f"{os.environ['RANK']}.pt")
+    return 0
+
+
+def test_a_process_that_fails_leaves_the_job(tmp_path: Path) -> None:
+    """The threads of one that does not abort the interpreter when it ends (about one in five)."""
+    ended(faults.start_job(tmp_path, 2, run_unjoined, left_behind, tmp_path))
+    assert [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)] == [False, False]
+
+
+FAILING = """
+import sys
+from fewshot_asam import FewShotError, distributed
+from fewshot_asam.cli.parsing import run
+
+def command(argv):
+    distributed.largest(1.0)
+    if distributed.rank() == int(argv[0]):
+        raise FewShotError("alone") if argv[1] == "error" else KeyboardInterrupt
+    for _ in range(100):
+        distributed.largest(1.0)
+
+sys.exit(run(command, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("count", "failing", "how"), [(3, 1, "error"), (2, 1, "signal")])
+def test_every_process_of_a_job_that_fails_ends_with_a_status(count: int, failing: int, how: str) -> None:
+    """In processes that end as a user's do, their interpreter taken down."""
+    environments = faults.environments(count)
+    words = [sys.executable, "-c", FAILING, str(failing), how]
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
+    job = [subprocess.Popen(words, env={**os.environ, **own}, **options) for own in environments]
+    said = [process.communicate(timeout=120)[1] for process in job]
+    assert [process.returncode for process in job] == [
+        130 if rank == failing and how == "signal" else 2 for rank in range(count)
+    ], said
+    assert all(len(text.splitlines()) <= 1 for text in said), said
+
+
+JOB = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
+        ({"RANK": None}, "RANK is not set"),
+        ({"RANK": "5"}, "RANK is '5'; expected a whole number from 0 to 1"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999'"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR"),
+        ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "do not find each other"),
+        ({"RANK": "1"}, "refused"),
+        ({}, "1/2 clients joined"),
+        ({"MASTER_PORT": "taken"}, "EADDRINUSE"),
+        ({"MASTER_PORT": "taken", "RANK": "1"}, "no answer within"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused_in_one_line(
+    given: dict[str, str | None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(distributed, "LONGEST_WAIT", 0.5)
+    monkeypatch.setattr(distributed, "LAST_WORDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for name, value in {**JOB, **given}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, str(taken.getsockname()[1]) if value == "taken" else value)
+        assert run(lambda _: pytest.fail("it was started"), []) == 2
+    said = capfd.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")

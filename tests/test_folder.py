@@ -34,7 +34,6 @@ def root(tmp_path: Path, own_cache: Path) -> Path:
             image.save(tmp_path / "own" / f"class{klass}" / f"{index}.{SUFFIXES[(klass + index) % 6]}", quality=100)
     (tmp_path / "own" / "readme.txt").write_text("not a class")
     (tmp_path / "own" / ".thumbnails").mkdir()
-    (tmp_path / "own" / "class0" / "notes.txt").write_text("not an image")
     (tmp_path / "own" / "class0" / ".hidden.png").write_text("not an image")
     return tmp_path / "own"
 
@@ -63,6 +62,91 @@ def test_images_are_those_of_their_class(root: Path) -> None:
             for index in range(count):
                 expected = torch.tensor(colour(klass, index)).view(3, 1, 1).expand(3, 16, 16)
                 torch.testing.assert_close(images.images[start + index].long(), expected, rtol=0, atol=3)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "gif", "tif", "TIFF", "jfif"])
+def test_images_of_other_formats_are_not_left_out(root: Path, suffix: str) -> None:
+    for klass in range(10):
+        kind = {"jfif": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper())
+        Image.new("RGB", (20, 20)).save(root / f"class{klass}" / f"x.{suffix}", kind)
+    dataset = folder.load(root, image_size=4)
+    for images in (dataset.train, dataset.val, dataset.test):
+        assert images.counts.tolist() == [int(name[-1]) % 3 + 2 for name in images.names]
+
+
+def test_other_files_are_passed_over_with_one_warning(root: Path) -> None:
+    for name in ("Thumbs.db", "a.heic", "notes.txt", "b.mp4", "c.npy", "d.png.part"):
+        (root / "class0" / name).touch()
+    (root / "class1" / "nested").mkdir()
+    Image.new("RGB", (9, 9)).save(root / "loose.png")
+    Image.new("RGB", (9, 9)).save(root / ".hidden.png")
+    said = line(str(root), "8 in all", "class0/Thumbs.db, class0/a.heic, class0/b.mp4, class0/c.npy, ", " and 3 more")
+    with pytest.warns(UserWarning, match=said) as warned:
+        folder.load(root, image_size=4)
+    assert len(warned) == 1
+    with pytest.warns(UserWarning, match=said):  # from the cache too
+        folder.load(root, image_size=4)
+
+
+def test_all_unreadable_images_are_named_at_once(root: Path) -> None:
+    os.mkfifo(root / "class9" / "pipe.png")
+    for klass in range(7):
+        (root / f"class{klass}" / "bad.gif").write_bytes(b"no image")
+    with pytest.raises(FewShotError, match=line("8 images cannot be read", "bad.gif is not an image", "and 3 more")):
+        folder.load(root, image_size=4)
+    for klass in range(7):
+        (root / f"class{klass}" / "bad.gif").unlink()
+    with pytest.raises(FewShotError, match=line("class9/pipe.png cannot be read (it is a named pipe, not a file)")):
+        folder.load(root, image_size=4)
+
+
+def test_what_fits_no_memory_is_refused_before_it_is_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 4000)  # 16 MB
+    assert folder.load(root, image_size=500).train.shape == (3, 500, 500)
+    with pytest.raises(FewShotError, match=line("19 images of 3 x 600 x 600 take 0.0 GiB", "lower image_size")):
+        folder.load(root, image_size=600)
+
+
+@pytest.fixture
+def divided(root: Path) -> Path:
+    """The same classes below train, val and test."""
+    for split, classes in (("train", (0, 1, 2, 3, 9)), ("val", (4, 5)), ("test", (6, 7, 8))):
+        (root.parent / "divided" / split).mkdir(parents=True)
+        for klass in classes:
+            (root / f"class{klass}").rename(root.parent / "divided" / split / f"class{klass}")
+    return root.parent / "divided"
+
+
+def test_folders_of_splits_divide_the_classes(divided: Path) -> None:
+    dataset = folder.load(divided, image_size=4, seed=3)
+    expected = [tuple(f"class{klass}" for klass in part) for part in ((0, 1, 2, 3, 9), (4, 5), (6, 7, 8))]
+    assert names(dataset) == expected
+    assert dataset.test.counts.tolist() == [1, 2, 3]
+    assert dataset.val.images[0, :, 0, 0].tolist() == pytest.approx(colour(4, 0), abs=3)
+    (divided / "train" / "loose.png").touch()
+    with pytest.warns(UserWarning, match=line("1 in all", "train/loose.png")):
+        folder.load(divided, image_size=4)
+
+
+def test_folders_of_splits_that_are_not_as_expected(divided: Path, splits: Path) -> None:
+    with pytest.raises(FewShotError, match=line("split_csv is given", "folders train, val and test")):
+        folder.load(divided, split_csv=splits)
+    (divided / "val" / "class4").rename(divided / "val" / "class9")
+    with pytest.raises(FewShotError, match=line(str(divided), "class 'class9' is in both train and val")):
+        folder.load(divided)
+    for name in ("class5", "class9"):
+        (divided / "val" / name).rename(divided / "test" / f"other{name}")
+    with pytest.raises(FewShotError, match=line("train 5, val 0, test 5 classes")):
+        folder.load(divided)
+
+
+def test_classes_may_be_called_as_the_splits_are(tmp_path: Path, own_cache: Path) -> None:
+    for name in SPLITS:
+        (tmp_path / "own" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "own" / name / "x.png")
+    assert sorted(sum(names(folder.load(tmp_path / "own", image_size=4, fractions=(0.34, 0.33, 0.33))), ())) == sorted(
+        SPLITS
+    )
 
 
 def test_images_are_squashed_and_antialiased(tmp_path: Path, own_cache: Path) -> None:
@@ -108,6 +192,16 @@ def test_the_second_load_is_from_the_cache(root: Path, monkeypatch: pytest.Monke
     assert torch.equal(folder.load(root, image_size=4).train.images, first.train.images)
 
 
+def test_a_cached_copy_of_fewer_formats_is_not_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (20, 20)).save(root / "class0" / "new.webp")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "SUFFIXES", (".png", ".jpg", ".jpeg"))
+        with pytest.warns(UserWarning, match="class0/new.webp"):
+            first = folder.load(root, image_size=4)
+    second = folder.load(root, image_size=4)
+    assert sum(len(getattr(second, split).images) - len(getattr(first, split).images) for split in SPLITS) == 1
+
+
 @pytest.mark.parametrize("change", ["content", "new", "size", "channels", "seed", "csv"])
 def test_whatever_changes_is_not_from_the_cache(root: Path, splits: Path, change: str) -> None:
     first = folder.load(root, image_size=4)
@@ -129,7 +223,14 @@ def test_whatever_changes_is_not_from_the_cache(root: Path, splits: Path, change
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": 0}, "image_size is 0; expected 1 to 10,000 pixels"),
+        ({"image_size": 100_000}, "image_size is 100000; expected 1 to 10,000 pixels"),
+        ({"image_size": 84.5}, "image_size is 84.5; expected 1 to 10,000 pixels"),
+        ({"image_size": "84"}, "image_size is '84'"),
+        ({"seed": -1}, "seed is -1; expected a whole number"),
+        ({"seed": 0.5}, "seed is 0.5; expected a whole number"),
+        ({"fractions": 0.5}, "fractions are 0.5; expected three"),
+        ({"fractions": ("a", "b", "c")}, "fractions are ('a', 'b', 'c'); expected three"),
         ({"channels": 2}, "channels is 2; expected 1 (grey) or 3 (RGB)"),
         ({"fractions": (0.5, 0.5, 0.5)}, "fractions are (0.5, 0.5, 0.5)"),
         ({"fractions": (1.0, 0.0, 0.0)}, "three positive shares"),
@@ -183,6 +284,12 @@ def test_what_is_no_csv_is_named(root: Path, splits: Path, content: bytes | None
         folder.load(root, split_csv=splits)
 
 
+def test_a_csv_that_is_a_pipe_is_not_waited_for(root: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(FewShotError, match=line("pipe.csv", "named pipe", "class,split")):
+        folder.load(root, split_csv=tmp_path / "pipe.csv")
+
+
 def test_a_missing_root_is_named(root: Path) -> None:
     with pytest.raises(FewShotError, match=line("no root", "--data-root")):
         folder.load()
@@ -218,7 +325,7 @@ def test_an_unreadable_image_is_named(root: Path, content: bytes | None) -> None
 def test_a_truncated_image_is_named(root: Path) -> None:
     file = next((root / "class3").glob("0.*"))
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(FewShotError, match=line(str(file), "cannot be decoded", "expected an undamaged PNG or JPEG")):
+    with pytest.raises(FewShotError, match=line(str(file), "cannot be decoded", "expected an undamaged PNG, JPEG")):
         folder.load(root)
 
 

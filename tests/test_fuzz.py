@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from fewshot_asam.data import folder, mini_imagenet
 from fewshot_asam.data.mini_imagenet import Sizes
 from fewshot_asam.data.pickles import load_plain
 from fewshot_asam.errors import FewShotError
-from test_pickles import ARRAYS, PLAIN, PYTHON2
+from test_pickles import ARRAYS, GLOBAL, PLAIN, PYTHON2, UINT8
 
 EXAMPLES = int(os.environ.get("FEWSHOT_ASAM_FUZZ", "100"))
 fuzzed = settings(
@@ -55,21 +56,32 @@ TOKENS = {
     ],
     "csv": [b'"', b",", b"\n", b"\r", b"\0", b"../", b"\xff", b"a" * 140_000],
     "pickle": [
-        b"(",
-        b"t",
-        b"l",
-        b"d",
-        b"R",
-        b"b",
-        b"i",
-        b"o",
-        b"0",
-        b"2",
-        b"\x81",
-        b"\x93",
-        b"cos\nsystem\n",
-        b"K\x05",
-        b".",
+        *(
+            b"l",
+            b"d",
+            b"i",
+            b"o",
+            b"0",
+            b"2",
+            b"]",
+            b"}",
+            b"a",
+            b"e",
+            b"s",
+            b"u",
+            b"t",
+            b"R",
+            b"b",
+            b"(",
+            b")",
+            b"\x85",
+            b"\x86",
+            b"\x94",
+            b".",
+        ),
+        *(b"h\x00", b"h\x01", b"q\x00", b"K\x05", b"\x81", b"\x93", b"\x8f", b"\x91", b"cos\nsystem\n"),
+        *GLOBAL.values(),
+        *(UINT8, b"C\x02ab", b"\x96\x02\0\0\0\0\0\0\0ab", b"K\x02\x85X\x01\0\0\0CtR"),
     ],
 }
 
@@ -179,20 +191,17 @@ def test_tables_of_mini_imagenet(content: bytes) -> None:
 
 
 def plain(value: object) -> bool:
-    """Whether this is plain data; the levels of a pickle that refers to itself are not followed for ever."""
-    seen, todo = set(), [value]
+    """Whether this is plain data, which can be printed, copied and freed however it is nested."""
+    todo = [copy.deepcopy(value)]
     while todo:
-        value = todo.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            todo += [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple | set | frozenset):
-            todo += value
-        elif not isinstance(value, np.ndarray | np.generic | str | bytes | bytearray | int | float | None):
+        part = todo.pop()
+        if isinstance(part, dict):
+            todo += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            todo += part
+        elif not isinstance(part, np.ndarray | np.generic | str | bytes | int | float | None):
             return False
-    return True
+    return repr(value) != ""
 
 
 @given(content=files(PICKLES, "pickle"))

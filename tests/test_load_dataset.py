@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fewshot_asam.data import DATASETS, Dataset, ImageSet, load_dataset, omniglot
 from fewshot_asam.data.cache import cached
@@ -159,3 +162,21 @@ def test_a_dataset_that_another_process_cached_meanwhile_is_fine(own_cache: Path
     again = cached("tiny", "key", lambda: pytest.fail("it is not cached"))
     assert torch.equal(again.test.images, tiny.test.images)
     assert [path.name for path in (own_cache / "datasets").iterdir()] == ["tiny-key"]
+
+
+@pytest.mark.parametrize("damage", ["pipe", "names", "counts"])
+def test_a_damaged_cached_copy_is_built_anew(own_cache: Path, tiny: Dataset, damage: str) -> None:
+    cached("tiny", "key", lambda: tiny)
+    (file,) = own_cache.glob("datasets/tiny-key/val.safetensors")
+    tensors = load_file(file)
+    file.unlink()
+    if damage == "pipe":
+        os.mkfifo(file)
+    elif damage == "names":
+        save_file(tensors, file, metadata={"names": "[" * 100_000})
+    else:
+        tensors["counts"][:2] += torch.tensor([-10, 10])
+        save_file(tensors, file, metadata={"names": json.dumps(tiny.val.names)})
+    with pytest.warns(UserWarning, match="is damaged and built anew"):
+        assert cached("tiny", "key", lambda: tiny) is tiny
+    assert torch.equal(cached("tiny", "key", lambda: pytest.fail("it is not cached")).val.images, tiny.val.images)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,7 +255,7 @@ def test_an_image_is_missing(tmp_path: Path, splits: Splits, form: str) -> None:
 def test_an_image_is_damaged(tmp_path: Path, splits: Splits, form: str, damage: Callable[[bytes], bytes]) -> None:
     splits["test"]["n05"]["n0500000003.jpg"] = damage(splits["test"]["n05"]["n0500000003.jpg"])
     WRITERS[form](tmp_path, splits)
-    refuse(tmp_path, "images/n0500000003.jpg", "undamaged PNG or JPEG")
+    refuse(tmp_path, "images/n0500000003.jpg", "undamaged PNG, JPEG")
 
 
 @pytest.mark.parametrize("form", WRITERS)
@@ -413,6 +415,118 @@ def test_hdf5_of_another_structure(tmp_path: Path, splits: Splits) -> None:
     with h5py.File(tmp_path / "val_data.hdf5", "w") as file:
         file["datasets"] = np.zeros(3)
     refuse(tmp_path, "val_data.hdf5", "")
+
+
+STORED = (SIZES.per_class, 84, 84, 3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compression": "gzip"},
+        {"compression": "gzip", "shuffle": True, "fletcher32": True, "chunks": (1, 84, 84, 3)},
+        {"compression": "lzf", "chunks": (3, 50, 50, 2)},
+        {"fletcher32": True},
+        {"chunks": (1, 84, 84, 1), "maxshape": (None, 84, 84, 3)},
+    ],
+)
+def test_hdf5_in_chunks(tmp_path: Path, splits: Splits, settings: dict[str, object]) -> None:
+    write_hdf5(tmp_path, splits)
+    with h5py.File(tmp_path / "val_data.hdf5", "w") as file:
+        for name, pixels in arrays(splits, "val").items():
+            file.create_dataset(f"datasets/{name}", data=pixels, **settings)
+    check(load(tmp_path), splits)
+
+
+def external(file: h5py.File, other: Path) -> None:
+    file.create_dataset("datasets/n02", STORED, "u1", external=[(str(other), 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(file: h5py.File, other: Path) -> None:
+    layout = h5py.VirtualLayout(STORED, "u1")
+    layout[:] = h5py.VirtualSource(str(other), "datasets/n02", STORED)
+    file.create_virtual_dataset("datasets/n02", layout)
+
+
+def link(file: h5py.File, other: Path) -> None:
+    file["datasets/n02"] = h5py.ExternalLink(str(other), "datasets/n02")
+
+
+def link_of_all(file: h5py.File, other: Path) -> None:
+    del file["datasets"]
+    file["datasets"] = h5py.ExternalLink(str(other), "datasets")
+
+
+def soft_link(file: h5py.File, other: Path) -> None:
+    file["elsewhere"] = h5py.ExternalLink(str(other), "datasets")
+    file["datasets/n02"] = h5py.SoftLink("/elsewhere/n02")
+
+
+def external_as_group(file: h5py.File, other: Path) -> None:
+    del file["datasets"]
+    file.create_dataset("datasets", (10,), "u1", external=[(str(other), 0, 10)])
+
+
+def other_filter(file: h5py.File, other: Path) -> None:
+    file.create_dataset("datasets/n02", STORED, "u1", chunks=STORED, scaleoffset=8)
+
+
+def two_compressions(file: h5py.File, other: Path) -> None:
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk(STORED)
+    for _ in range(2):
+        plist.set_filter(h5py.h5z.FILTER_DEFLATE, h5py.h5z.FLAG_OPTIONAL, (9,))
+    space = h5py.h5s.create_simple(STORED)
+    h5py.h5d.create(file["datasets"].id, b"n02", h5py.h5t.STD_U8LE, space, plist)
+
+
+def bomb(file: h5py.File, other: Path, size: int = 1_000_000) -> None:
+    stored = file.create_dataset("datasets/n02", STORED, "u1", chunks=(1, *STORED[1:]), compression="gzip")
+    for index in range(STORED[0]):
+        stored.id.write_direct_chunk((index, 0, 0, 0), zlib.compress(bytes(size)))
+
+
+def large_chunks(file: h5py.File, other: Path) -> None:
+    file.create_dataset("datasets/n02", STORED, "u1", chunks=(10**9, 1, 1, 1), maxshape=(None, 84, 84, 3))
+
+
+@pytest.mark.parametrize(
+    ("attack", "reason"),
+    [
+        (external, "class 'n02' lies in other files"),
+        (virtual, "class 'n02' lies in other files"),
+        (link, "class 'n02' is a ExternalLink"),
+        (link_of_all, "datasets is a ExternalLink"),
+        (soft_link, "class 'n02' is a SoftLink"),
+        (external_as_group, "datasets is a Dataset"),
+        (other_filter, "class 'n02' has the filters [6]"),
+        (two_compressions, "class 'n02' has the filters [1, 1]"),
+        (bomb, "class 'n02' inflates to more than its chunks hold"),
+        (large_chunks, "class 'n02' has chunks of [1000000000, 1, 1, 1]"),
+    ],
+)
+def test_hdf5_that_refers_elsewhere_or_grows(
+    tmp_path: Path, splits: Splits, attack: Callable[[h5py.File, Path], None], reason: str
+) -> None:
+    write_hdf5(tmp_path, splits)
+    shutil.copyfile(tmp_path / "val_data.hdf5", tmp_path / "other.hdf5")
+    with h5py.File(tmp_path / "val_data.hdf5", "a") as file:
+        del file["datasets/n02"]
+        attack(file, tmp_path / "other.hdf5")
+    refuse(tmp_path, "val_data.hdf5", reason)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_pipes_are_not_waited_for(tmp_path: Path, splits: Splits, form: str) -> None:
+    WRITERS[form](tmp_path, splits)
+    for file in sorted(path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts):
+        whole = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        refuse(tmp_path, file.name)
+        file.unlink()
+        file.write_bytes(whole)
+    check(load(tmp_path), splits)
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_a_broken_line_is_said_and_left_out(tmp_path: Path, tail: bytes) -> None
 def test_accuracies_come_back_exactly() -> None:
     right = torch.randint(0, 76, (6000,), generator=torch.Generator().manual_seed(0))
     accuracies = (right / 75).float()
-    record = {"right": ledger.pack(accuracies, 75), "query_images": 75}
+    record = {"right": ledger.pack(accuracies, 75), "query_images": 75, "tasks": 6000}
     assert torch.equal(ledger.accuracies(record), right.double() / 75)
     assert torch.equal(ledger.accuracies(record, 10), right[:10].double() / 75)
     assert len(record["right"]) < 9000
@@ -586,6 +586,7 @@ def test_several_processes_are_refused(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert reproduce_maml.main([str(tiny)]) == 2
     assert_one_line(capsys, "expected one")
 

@@ -12,19 +12,23 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from fewshot_asam.cli.surroundings import importing
 
-from fewshot_asam import config as configs
-from fewshot_asam import distributed
-from fewshot_asam.cli.parsing import Parser, add_settings, existing_run, parse, run
-from fewshot_asam.config import TrainConfig, require_count, require_seed
-from fewshot_asam.errors import FewShotError
-from fewshot_asam.evaluate import interval, paired_difference
-from fewshot_asam.inner import RuleName
-from fewshot_asam.memory import keep_freed_memory
-from fewshot_asam.prepare import load_data, resolve_device
-from fewshot_asam.train import result_text
-from fewshot_asam.trainer import best_learner, evaluated
+with importing():
+    from torch import Tensor
+
+    from fewshot_asam import distributed
+    from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
+    from fewshot_asam.config import TrainConfig, require_count, require_seed
+    from fewshot_asam.errors import FewShotError
+    from fewshot_asam.evaluate import interval, paired_difference
+    from fewshot_asam.identity import data, identify, require_same_everywhere, shared
+    from fewshot_asam.inner import RuleName
+    from fewshot_asam.memory import keep_freed_memory
+    from fewshot_asam.prepare import load_data, resolve_device
+    from fewshot_asam.runs import stored_settings
+    from fewshot_asam.train import result_text
+    from fewshot_asam.trainer import best_learner, evaluated
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ OVERRIDES = ("inner", "inner_steps", "inner_lr", "data_root")
 
 def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, TrainConfig]:
     """The settings a run was trained with, and those to test it with."""
-    trained = configs.from_yaml(folder / "config.yaml")
+    trained = stored_settings(folder)
     changed = {name: getattr(test, name) for name in OVERRIDES if getattr(test, name) is not None}
     return trained, replace(trained, **changed)
 
@@ -88,16 +92,23 @@ def command(argv: Sequence[str]) -> None:
     test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})
     require_count("tasks", test.tasks, 2)
     require_seed("seed", test.seed)
-    folders = {folder: existing_run(folder) for folder in given.runs}
-    if len({folder.resolve() for folder in folders.values()}) != len(given.runs):
+    settings = {folder: _trained_and_tested(Path(folder), test) for folder in given.runs}
+    if len({Path(folder).resolve() for folder in given.runs}) != len(given.runs):
         raise FewShotError("the same run was given twice; expected different ones")
-    settings = {name: _trained_and_tested(folder, test) for name, folder in folders.items()}
     to_test = {folder: pair[1] for folder, pair in settings.items()}
     _require_same_tasks(to_test)
+    require_same_everywhere({"the number of runs": len(to_test), "tasks": test.tasks, "seed": test.seed})
+    for config in to_test.values():
+        require_same_everywhere(shared(config))
     keep_freed_memory()
     device, first_run = resolve_device(test.device), next(iter(to_test.values()))
     dataset = distributed.one_a_machine_first(lambda: load_data(first_run, device))
-    learners = {folder: best_learner(Path(folder), config, dataset) for folder, config in to_test.items()}
+    identity = identify(first_run, dataset)
+    require_same_everywhere(data(identity))
+    learners = {
+        folder: best_learner(Path(folder), tested, dataset, identity.of(trained))
+        for folder, (trained, tested) in settings.items()
+    }
     accuracies: dict[str, Tensor] = {}
     for folder, config in to_test.items():
         accuracies[folder] = evaluated(learners[folder], config, dataset.test, test.tasks, test.seed)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -16,9 +16,10 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from fewshot_asam import distributed
+from fewshot_asam.cli.surroundings import lasting_streams, lost
 from fewshot_asam.distributed import PeerLost
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.settings import expanded, explained, nearest, read_yaml, require_known
+from fewshot_asam.settings import expanded, explained, nearest, read_yaml, require_known, require_plain
 from fewshot_asam.stop import Stopped
 
 LONGEST = 2000
@@ -53,15 +54,32 @@ def add_settings(parser: Parser, settings: type) -> None:
         )
 
 
-def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) -> int:
-    """Calls `command` with the arguments, as one process of a job where there is one.
+def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None, several: bool = True) -> int:
+    """Calls `command` with the arguments, as one process of a job where there is one and `several` are allowed.
 
     **Returns:** the exit status: 0, 2 for bad input, 128 and its number where a signal ended the run.
     """
-    warnings.showwarning = _show_warning
-    try:
+    words = sys.argv[1:] if argv is None else argv
+
+    def joined() -> int:
+        if not several and distributed.announced() > 1:
+            raise FewShotError("this command was started as several processes; expected one: start it without torchrun")
         with distributed.joined():
-            command(sys.argv[1:] if argv is None else argv)
+            return _status(lambda: command(words))
+
+    with lasting_streams(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        status = _status(joined)
+        if status == 0 and (reason := lost()):
+            return _fail(f"standard output cannot be written ({reason}), so what was printed is lost")
+        return status
+
+
+def _status(work: Callable[[], object]) -> int:
+    """The exit status of `work`, which returns one or nothing; its mistakes are said in one line."""
+    try:
+        status = work()
+        return status if isinstance(status, int) else 0
     except FewShotError as error:
         if isinstance(error, PeerLost):
             return _fail(_own(str(error)))
@@ -76,7 +94,6 @@ def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None) 
         if distributed.is_first():
             print(str(error) or "interrupted", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
-    return 0
 
 
 def _own(message: str) -> str:
@@ -88,8 +105,7 @@ def _fail(message: str) -> int:
     line = " ".join(message.split())
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-    with suppress(OSError):  # the disk may be full that this is written to
-        print(f"error: {line}", file=sys.stderr)
+    print(f"error: {line}", file=sys.stderr)
     return 2
 
 
@@ -144,17 +160,13 @@ def _require_values(words: Sequence[str]) -> None:
 
 
 def _parsed(parser: Parser, words: Sequence[str]) -> Any:
+    for word in words:
+        option, _, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        require_plain(option or shlex.quote(word)[:80], value)
     try:
         return parser.parse_args(list(words))
     except (TypeError, ValueError, OSError, RecursionError) as error:
         raise FewShotError(f"{explained(str(error), types(parser))} (--help lists the options)") from error
-
-
-def existing_run(folder: str) -> Path:
-    """A folder given on the command line that must hold a run."""
-    if not (Path(folder) / "config.yaml").is_file():
-        raise FewShotError(f"{folder} is not the folder of a run of train_maml (it has no config.yaml)")
-    return Path(folder)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -6,18 +6,20 @@ reproduce_maml plans/small.yaml plans/paper.yaml --render
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
-from fewshot_asam.errors import FewShotError
-from fewshot_asam.memory import keep_freed_memory
-from fewshot_asam.reproduce.page import write_page
-from fewshot_asam.reproduce.plan import cells, read_plan
-from fewshot_asam.reproduce.queue import Place, work
+from fewshot_asam.cli.surroundings import importing
+
+with importing():
+    from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
+    from fewshot_asam.errors import FewShotError
+    from fewshot_asam.memory import keep_freed_memory
+    from fewshot_asam.reproduce.page import write_page
+    from fewshot_asam.reproduce.plan import cells, read_plan
+    from fewshot_asam.reproduce.queue import Place, work
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,6 @@ def command(argv: Sequence[str]) -> None:
     settings = QueueConfig(**{field.name: given[field.name] for field in fields(QueueConfig)})
     if settings.max_minutes is not None and not 0 < settings.max_minutes < 1e6:
         raise FewShotError(f"max_minutes is {settings.max_minutes}; expected a number above 0 and below 1e6")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise FewShotError("reproduce_maml was started as several processes; expected one: start it without torchrun")
     plans = [read_plan(Path(name)) for name in given.plans]
     if given.render:
         write_page(plans, settings.results)
@@ -59,7 +59,7 @@ def command(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
-    return run(command, argv)
+    return run(command, argv, several=False)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,39 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pooch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.files import open_regular
 from fewshot_asam.paths import cache_dir
 
 TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""
 LARGEST_MEMBER = 100_000_000
-"""Bytes of an archive's member: ten times a large photograph."""
+"""Bytes of an archive's member or an image: ten times a large photograph."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+LONGEST_SIDE = 65_535
+"""Pixels, as in JPEG; Pillow keeps an address and more for each row, whatever its length."""
+BAND = 256
+"""Rows that are laid over white at once."""
+_IMAGE = "an undamaged PNG, JPEG, WebP, BMP, GIF or TIFF"
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each orientation of EXIF."""
 
 
 def locate(root: Path, names: Sequence[str], subfolders: Sequence[str] = ()) -> Path | None:
@@ -51,22 +68,30 @@ def list_tree(folder: Path, pattern: str) -> dict[str, tuple[int, int]]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises `FewShotError` where it cannot be read."""
+    """The bytes of a file. Raises `FewShotError` where it cannot be read or has more than `LARGEST_MEMBER`."""
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, LARGEST_MEMBER))
     except OSError as error:
         raise FewShotError(f"{path} cannot be read ({_line(error)}); expected a readable file") from error
+    if size > LARGEST_MEMBER:
+        raise FewShotError(f"{path} has more than {LARGEST_MEMBER:,} bytes; expected an image or a table")
+    return content
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """The zip archive at `path`, opened for reading; the caller closes it.
+@contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Within, the zip archive at `path`, opened for reading.
 
     Raises `FewShotError` where the file is missing, truncated or no zip archive.
     """
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise FewShotError(f"{path} cannot be opened ({_line(error)}); expected a complete zip archive") from error
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(open_regular(path))))
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise FewShotError(f"{path} cannot be opened ({_line(error)}); expected a complete zip archive") from error
+        yield archive
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -75,20 +100,21 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     Raises `FewShotError` where there is no such member, or it is truncated, damaged, encrypted, inflates to more than
     `LARGEST_MEMBER`, or is compressed in a way whose output cannot be bounded.
     """
+    shown = name if name.isprintable() else repr(name)
     try:
         member = archive.getinfo(name)
         if member.file_size > LARGEST_MEMBER or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise FewShotError(
-                f"{archive.filename}: member {name} has {member.file_size:,} bytes by compression method "
+                f"{archive.filename}: member {shown} has {member.file_size:,} bytes by compression method "
                 f"{member.compress_type}; expected at most {LARGEST_MEMBER:,}, stored or deflated"
             )
         with archive.open(member) as file:
             return file.read(member.file_size + 1)  # to its end, but without inflating more than it claims
     except KeyError as error:
-        raise FewShotError(f"{archive.filename} has no member {name}; expected one of that name") from error
+        raise FewShotError(f"{archive.filename} has no member {shown}; expected one of that name") from error
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
         raise FewShotError(
-            f"{archive.filename}: member {name} cannot be read ({_line(error)}); "
+            f"{archive.filename}: member {shown} cannot be read ({_line(error)}); "
             "expected an undamaged archive, so fetch it again"
         ) from error
 
@@ -100,9 +126,10 @@ def decode_image(
     size: tuple[int, int],
     resample: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> NDArray[np.uint8]:
-    """Decodes one PNG or JPEG and resizes it, antialiased and without regard to its aspect ratio.
+    """Decodes one image and resizes it, antialiased and without regard to its aspect ratio.
 
-    It is turned upright as its EXIF data says, transparency is laid over white, 16-bit grey is scaled to 8 bits.
+    It is turned upright as its EXIF data says (damaged EXIF data says nothing), transparency is laid over white, 16-bit
+    grey is scaled to 8 bits, and of an animation the first frame is taken.
 
     **Arguments:**
 
@@ -112,25 +139,19 @@ def decode_image(
     - `size`: `(height, width)` of the result, in pixels.
     - `resample`: Pillow's filter.
 
-    **Returns:** uint8 `[C, H, W]`. Raises `FewShotError` where the data is no PNG or JPEG, is truncated or damaged,
-    or decodes to more pixels than Pillow allows.
+    **Returns:** uint8 `[C, H, W]`. Raises `FewShotError` where the data has none of `FORMATS`, is truncated or damaged,
+    or decodes to more pixels than Pillow allows, or to a side longer than `LONGEST_SIDE`.
     """
     height, width = size
     try:
-        with _many_pixels_refused(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-            resized = _opaque(upright).convert(mode).resize((width, height), resample)
+        with _many_pixels_refused(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if max(image.size) > LONGEST_SIDE:
+                raise ValueError(f"{image.width} x {image.height} pixels, a side of more than {LONGEST_SIDE:,}")
+            resized = _converted(_upright(image), mode).resize((width, height), resample)
     except UnidentifiedImageError as error:
-        raise FewShotError(f"{name} is not an image; expected an undamaged PNG or JPEG") from error
-    except (
-        OSError,
-        EOFError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise FewShotError(f"{name} cannot be decoded ({_line(error)}); expected an undamaged PNG or JPEG") from error
+        raise FewShotError(f"{name} is not an image; expected {_IMAGE}") from error
+    except Exception as error:  # of any kind: Pillow's readers unpack whatever a damaged file holds
+        raise FewShotError(f"{name} cannot be decoded ({_line(error)}); expected {_IMAGE}") from error
     pixels: NDArray[np.uint8] = np.array(resized)
     return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -165,19 +186,38 @@ def fetch(url: str, known_hash: str | None, filename: str) -> Path:
 
 @contextmanager
 def _many_pixels_refused() -> Iterator[None]:
-    """Within, Pillow raises at its limit instead of only at twice that."""
+    """Within, Pillow raises at its limit instead of only at twice that, and warns of nothing else."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = None
+    if "exif" in image.info:  # Pillow turns TIFFs itself
+        with suppress(Exception):
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image as grey or RGB, laid over white band by band, as a large one would else be there four times."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("grey values of more than 16 bits")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("grey values that are fractions")
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image if image.mode == mode else image.convert(mode)
+    whole = Image.new(mode, image.size)
+    for top in range(0, image.height, BAND):
+        layer = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
+        whole.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(mode), (0, top))
+    return whole
 
 
 def _line(error: Exception) -> str:

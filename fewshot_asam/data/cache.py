@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.files import require_regular
 from fewshot_asam.paths import cache_dir
 
 SPLITS = ("train", "val", "test")
@@ -35,7 +36,7 @@ def cached(name: str, key: str, build: Callable[[], Dataset]) -> Dataset:
     if folder.is_dir():
         try:
             return Dataset(name, *(_read(folder / f"{split}.safetensors") for split in SPLITS))
-        except (OSError, SafetensorError, FewShotError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, FewShotError, ValueError, KeyError, TypeError, RecursionError) as error:
             warnings.warn(f"the cached copy of {name} in {folder} is damaged and built anew ({error})", stacklevel=2)
             shutil.rmtree(folder, ignore_errors=True)
     dataset = build()
@@ -47,6 +48,7 @@ def cached(name: str, key: str, build: Callable[[], Dataset]) -> Dataset:
 
 
 def _read(file: Path) -> ImageSet:
+    require_regular(file)
     with safe_open(file, framework="pt") as stored:
         names = tuple(json.loads(stored.metadata()["names"]))
         return ImageSet(stored.get_tensor("images"), stored.get_tensor("counts"), names)

@@ -1,11 +1,16 @@
-"""Anyone's own images: `ROOT/<class>/*.{png,jpg,jpeg}`."""
+"""Anyone's own images: `ROOT/<class>/*`, or `ROOT/{train,val,test}/<class>/*`, of any format in `SUFFIXES`."""
 
 from __future__ import annotations
 
 import csv
+import glob
+import io
 import math
+import os
 import reprlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +21,13 @@ from fewshot_asam.data.archives import decode_image, list_tree, read_file
 from fewshot_asam.data.cache import SPLITS, cached, fingerprint
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.files import open_regular
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LARGEST_SIDE = 10_000
+"""Pixels that an image may be squashed to."""
+LISTED = 5
+"""How many files a message names."""
 SHORT = reprlib.Repr()
 SHORT.maxstring = 100
 
@@ -36,9 +46,13 @@ def load(
 ) -> Dataset:
     """The images below a folder, one subfolder a class, the classes divided into train, val and test.
 
+    Where the folder's only subfolders are `train`, `val` and `test`, and they have subfolders, those are the classes,
+    divided so.
+
     **Arguments:**
 
-    - `root`: the folder; hidden files and folders in it are passed over.
+    - `root`: the folder; hidden files and folders in it are passed over, and whatever else is no image is, with a
+        warning.
     - `image_size`: height and width in pixels that every image is squashed to, antialiased.
     - `channels`: 1 for grey, 3 for RGB; images of the other kind are converted.
     - `seed`: which classes go to which split.
@@ -47,53 +61,100 @@ def load(
         `test`; instead of `seed` and `fractions`.
 
     **Returns:** uint8 `[n, channels, image_size, image_size]` a split; classes and images in order of their names.
-    Raises `FewShotError` where the folder, a class, an image, the CSV or a setting is not as described, or where a
-    split gets no class.
+    Raises `FewShotError` where the folder, a class, an image, the CSV or a setting is not as described, where a split
+    gets no class, or where the images do not fit the memory.
     """
     if root is None:
         raise FewShotError("the dataset 'folder' was given no root; expected --data-root with a subfolder a class")
-    _check_settings(image_size, channels, fractions)
-    stamps = list_tree(root, "*/*")
-    classes = _classes(root, list(stamps))
-    names = _split_by_csv(Path(split_csv), classes) if split_csv else _split_by_seed(list(classes), seed, fractions)
+    _check_settings(image_size, channels, seed, fractions)
+    folders = _class_folders(root)
+    divided = "/" in folders[0]
+    stamps = list_tree(root, "*/*/*" if divided else "*/*")
+    classes = _classes(root, folders, list(stamps))
+    if divided and split_csv:
+        raise FewShotError(f"split_csv is given, but {root} has folders train, val and test; expected one of the two")
+    if divided:
+        names = _split_by_folder(root, folders)
+    elif split_csv:
+        names = _split_by_csv(Path(split_csv), classes)
+    else:
+        names = _split_by_seed(folders, seed, fractions)
     _check_splits(names, split_csv or root)
+    loose = _loose_images(root, ("*", "*/*") if divided else ("*",), folders)
+    _warn_of_others(root, [*loose, *set(stamps).difference(*classes.values())])
+    shape = (channels, image_size, image_size)
+    _check_memory(sum(map(len, classes.values())), shape)
 
     def build() -> Dataset:
-        shape = (channels, image_size, image_size)
-        return Dataset("folder", *(_read(root, {name: classes[name] for name in split}, shape) for split in names))
+        unreadable: list[str] = []
+        splits = [_read(root, {name: classes[name] for name in split}, shape, unreadable) for split in names]
+        _require_readable(unreadable)
+        return Dataset("folder", *splits)
 
-    return cached("folder", fingerprint([root], stamps, image_size, channels, names), build)
+    return cached("folder", fingerprint([root], stamps, SUFFIXES, image_size, channels, names), build)
 
 
-def _check_settings(image_size: int, channels: int, fractions: Sequence[float]) -> None:
-    if image_size < 1:
-        raise FewShotError(f"image_size is {image_size}; expected at least 1 pixel")
+def _check_settings(image_size: int, channels: int, seed: int, fractions: Sequence[float]) -> None:
+    if not _is_whole(image_size) or not 1 <= image_size <= LARGEST_SIDE:
+        raise FewShotError(f"image_size is {image_size!r}; expected 1 to {LARGEST_SIDE:,} pixels")
     if channels not in (1, 3):
         raise FewShotError(f"channels is {channels}; expected 1 (grey) or 3 (RGB)")
-    if len(fractions) != 3 or not all(share > 0 for share in fractions) or not math.isclose(sum(fractions), 1):
-        raise FewShotError(f"fractions are {tuple(fractions)}; expected three positive shares that add up to 1")
+    if not _is_whole(seed) or not 0 <= seed < 2**63:
+        raise FewShotError(f"seed is {seed!r}; expected a whole number, at least 0 and below 2**63")
+    shares = fractions if isinstance(fractions, Sequence) else ()
+    if len(shares) != 3 or not all(map(_is_positive, shares)) or not math.isclose(sum(shares), 1):
+        raise FewShotError(f"fractions are {fractions}; expected three positive shares that add up to 1")
 
 
-def _classes(root: Path, files: Sequence[str]) -> Classes:
-    if not root.is_dir():
-        raise FewShotError(f"{root} is not a folder; expected one with a subfolder of images a class")
-    try:
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise FewShotError(f"{root} cannot be read ({error}); expected a readable folder") from error
-    classes: Classes = {name: [] for name in folders}
-    if not classes:
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, Real) and float(value) > 0
+
+
+def _class_folders(root: Path) -> list[str]:
+    """The classes' folders, relative to the root and sorted."""
+    folders = _subfolders(root)
+    if not folders:
         raise FewShotError(f"{root} has no subfolders; expected one a class, with its images in it")
+    if set(folders) != set(SPLITS):
+        return folders
+    return [f"{split}/{name}" for split in SPLITS for name in _subfolders(root / split)] or folders
+
+
+def _subfolders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise FewShotError(f"{folder} is not a folder; expected one with a subfolder of images a class")
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise FewShotError(f"{folder} cannot be read ({error}); expected a readable folder") from error
+
+
+def _classes(root: Path, folders: Sequence[str], files: Sequence[str]) -> Classes:
+    classes: Classes = {name: [] for name in folders}
     for file in files:
-        name, image = file.split("/")
-        if image.lower().endswith(SUFFIXES):
-            classes[name].append(file)
+        if file.lower().endswith(SUFFIXES):
+            classes[file.rpartition("/")[0]].append(file)
     if empty := [name for name, images in classes.items() if not images]:
         raise FewShotError(
             f"{root} has classes without images: {', '.join(empty)}; "
             f"expected {', '.join(SUFFIXES)} files directly in each subfolder"
         )
     return classes
+
+
+def _split_by_folder(root: Path, folders: Sequence[str]) -> list[list[str]]:
+    splits: dict[str, str] = {}
+    for split, name in (folder.split("/") for folder in folders):
+        if name in splits:
+            raise FewShotError(
+                f"{root}: class {name!r} is in both {splits[name]} and {split}; expected disjoint splits"
+            )
+        splits[name] = split
+    return [[folder for folder in folders if folder.startswith(f"{split}/")] for split in SPLITS]
 
 
 def _split_by_seed(names: list[str], seed: int, fractions: Sequence[float]) -> list[list[str]]:
@@ -127,8 +188,8 @@ def _split_by_csv(file: Path, classes: Classes) -> list[list[str]]:
 def _csv_rows(file: Path) -> list[tuple[int, list[str]]]:
     """Line number and stripped fields of each line after the header, blank lines left out."""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
+        with open_regular(file) as stream:
+            reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
             rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
     except (OSError, ValueError, csv.Error) as error:
         raise FewShotError(f"{file} cannot be read ({error}); expected a CSV file with header class,split") from error
@@ -147,10 +208,47 @@ def _check_splits(names: list[list[str]], source: str | Path) -> None:
         )
 
 
-def _read(root: Path, classes: Classes, shape: tuple[int, int, int]) -> ImageSet:
+def _loose_images(root: Path, patterns: Sequence[str], folders: Collection[str]) -> list[str]:
+    """The images that lie above the classes' folders."""
+    names = [name for pattern in patterns for name in glob.glob(pattern, root_dir=root)]
+    return [name for name in names if name.lower().endswith(SUFFIXES) and name not in folders]
+
+
+def _warn_of_others(root: Path, others: Sequence[str]) -> None:
+    if others:
+        message = f"{root}: what is no image in the folder of a class is passed over, {len(others)} in all"
+        warnings.warn(f"{message}: {_listed(sorted(others))}", stacklevel=3)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _check_memory(number: int, shape: tuple[int, int, int]) -> None:
+    needed, there = number * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise FewShotError(
+            f"{number} images of {' x '.join(map(str, shape))} take {needed / 2**30:,.1f} GiB, and this machine has "
+            f"{there / 2**30:,.1f} GiB of memory; lower image_size"
+        )
+
+
+def _read(root: Path, classes: Classes, shape: tuple[int, int, int], unreadable: list[str]) -> ImageSet:
+    """The images of some classes; what is wrong with those that cannot be read is added to `unreadable`."""
     files = [file for members in classes.values() for file in members]
     images = np.empty((len(files), *shape), np.uint8)
     for index, path in enumerate(root / file for file in files):
-        images[index] = decode_image(read_file(path), str(path), "L" if shape[0] == 1 else "RGB", shape[1:])
+        try:
+            images[index] = decode_image(read_file(path), str(path), "L" if shape[0] == 1 else "RGB", shape[1:])
+        except FewShotError as error:
+            unreadable.append(str(error))
     counts = torch.tensor([len(members) for members in classes.values()])
-    return ImageSet(torch.from_numpy(images), counts, tuple(classes))
+    return ImageSet(torch.from_numpy(images), counts, tuple(name.rpartition("/")[2] for name in classes))
+
+
+def _require_readable(unreadable: list[str]) -> None:
+    if len(unreadable) == 1:
+        raise FewShotError(unreadable[0])
+    if unreadable:
+        reasons = [reason.partition("; expected")[0] for reason in unreadable]
+        raise FewShotError(f"{len(unreadable)} images cannot be read: {_listed(reasons)}; mend or remove them")

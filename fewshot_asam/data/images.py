@@ -40,6 +40,9 @@ class ImageSet:
         if int(self.counts.sum()) != len(self.images):
             raise FewShotError(f"counts add up to {int(self.counts.sum())}, but there are {len(self.images)} images")
 
+        if len(self.names) and int(self.counts.min()) < 0:
+            raise FewShotError(f"class {self.names[int(self.counts.argmin())]!r} has a negative count; expected images")
+
     @property
     def starts(self) -> Tensor:
         """int64 `[classes]`: the index of each class's first image."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,9 +17,11 @@ from tqdm import tqdm
 
 from fewshot_asam.data.archives import decode_image, fetch, list_tree, locate, open_zip, read_file, read_member
 from fewshot_asam.data.cache import SPLITS, cached, fingerprint
+from fewshot_asam.data.hdf5 import own_member, read_bytes
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.data.pickles import load_plain
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.files import open_regular
 
 
 class Sizes(NamedTuple):
@@ -202,35 +205,33 @@ def _indices(values: Any, size: int, origin: str) -> list[int]:
 def _read_hdf5(file: Path, split: str) -> ImageSet:
     labels = _labels(file.with_name(f"{split}_labels.json"))
     try:
-        with h5py.File(file) as stored:
-            group = stored["datasets"]
+        with open_regular(file) as opened, h5py.File(opened) as stored:
+            group = own_member(stored, "datasets", h5py.Group, f"{file}: datasets")
             if sorted(group) != labels:
                 raise FewShotError(f"{file} has other classes than {split}_labels.json; expected the same")
             _check_classes(labels, str(file), split)
-            for label in labels:
-                _check_stored(group[label], f"{file}: class {label!r}")
-            return _fill(labels, lambda label: group[label][()])
-    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            return _fill(labels, lambda label: _stored(group, label, f"{file}: class {label!r}"))
+    # What HDF5 raises for a damaged file is open-ended.
+    except (OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise FewShotError(
             f"{file} cannot be read ({reason}); expected HDF5 with a group datasets of one dataset a class"
         ) from error
 
 
+def _stored(group: h5py.Group, label: str, origin: str) -> NDArray[np.uint8]:
+    stored = own_member(group, label, h5py.Dataset, origin)
+    return read_bytes(stored, (EXPECTED.per_class, SIDE, SIDE, 3), origin)
+
+
 def _labels(file: Path) -> list[str]:
     try:
-        labels = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        labels = json.loads(read_file(file))
+    except (FewShotError, ValueError, RecursionError) as error:
         raise FewShotError(f"{file} cannot be read; expected a JSON list of class names") from error
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise FewShotError(f"{file} has other content; expected a JSON list of class names")
     return sorted(labels)
-
-
-def _check_stored(images: h5py.Dataset, origin: str) -> None:
-    shape = (EXPECTED.per_class, SIDE, SIDE, 3)
-    if images.dtype != np.uint8 or images.shape != shape:
-        raise FewShotError(f"{origin} is {images.dtype} {list(images.shape)}; expected uint8 {list(shape)}")
 
 
 def _fill(names: list[str], pixels: Callable[[str], NDArray[np.uint8]]) -> ImageSet:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
+from fewshot_asam import fused
 from fewshot_asam.engine.functional import FunctionalModel
 from fewshot_asam.engine.trial import IMAGES, Case, Mode, Order, Outcome, first_line, tried, undisturbed
 from fewshot_asam.errors import FewShotError
@@ -27,20 +28,14 @@ CURES = {
     "functional": dict.fromkeys(("wrong gradient", "wrong second derivative", "fails"), "use compiled=False"),
     "vmap": dict.fromkeys(("wrong gradient", "wrong second derivative", "fails"), "use engine='loop'"),
 }
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
+UNKNOWN = "if you know that PyTorch differentiates it rightly, twice, pass check=False"
 WORDS = {"loop": "PyTorch", "functional": "torch.func.grad", "vmap": "vmap"}
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What is wrong with a model in one mode, for the user; both empty where nothing is."""
+def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, order: Order, call: Call) -> str:
+    """What is wrong with a model in one mode, for the user; nothing where it is right.
 
-    problem: str = ""
-    warning: str = ""
-
-
-def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, order: Order, call: Call) -> Diagnosis:
-    """Tries `model` on the first images of a call, in double precision, and names the layer where that goes wrong.
+    Tries `model` on the first images of a call, in double precision, and names the layer where that goes wrong.
 
     Raises `FewShotError` where a forward pass changes the model's buffers, which would leak from task to task.
     """
@@ -53,23 +48,20 @@ def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, orde
     except FewShotError:
         raise
     except Exception as error:  # of anyone's model
-        return Diagnosis("", f"{name} does not run in double precision ({first_line(error)}), so {_UNKNOWN}")
+        return f"{name} cannot be run in double precision to be checked ({first_line(error)}); {UNKNOWN}"
     outcome = tried(case, mode, order)
     if outcome.verdict == "right":
-        return Diagnosis()
-    if outcome.verdict == "unknown":
-        return Diagnosis("", f"the derivatives of {name} cannot be compared ({outcome.reason}), so {_UNKNOWN}")
+        return ""
     layer, kind, outcome = _culprit(model.module, images, tasks, mode, order) or ("", model.module, outcome)
-    return Diagnosis(_in_words(layer, kind, mode, outcome))
-
-
-_UNKNOWN = "whether PyTorch differentiates it rightly is not known; check=False silences this"
+    return _in_words(layer, kind, mode, outcome)
 
 
 def _in_words(layer: str, kind: nn.Module, mode: Mode, outcome: Outcome) -> str:
     named = f"layer {layer!r} ({type(kind).__name__})" if layer else f"{type(kind).__name__}.forward itself"
+    if outcome.verdict == "unknown":
+        return f"the derivatives of {named} cannot be checked, as {outcome.reason}; {UNKNOWN}"
     cure = CURES[mode][outcome.verdict]
-    if mode == "vmap" and isinstance(kind, nn.modules.batchnorm._NormBase):
+    if mode == "vmap" and isinstance(kind, nn.BatchNorm2d):
         cure += ", or fewshot_asam.models.TaskNorm in its place"
     if outcome.verdict == "fails":
         return f"{named} cannot be differentiated by {WORDS[mode]} as is needed: {outcome.reason}; {cure}"
@@ -82,36 +74,36 @@ def _culprit(
     model: nn.Module, call: Call, tasks: int, mode: Mode, order: Order
 ) -> tuple[str, nn.Module, Outcome] | None:
     """The innermost layer that goes wrong by itself, on the inputs that it has in the model."""
-    for name, layer, inputs in reversed(_calls(model, call)):
+    for name, layer, inputs in _calls(model, call):
         function = FunctionalModel(layer)
         try:
             case = _case(function, inputs, tasks, tuple(dict(layer.named_parameters())), differentiate_inputs=True)
         except Exception:  # a layer that cannot be called by itself
             continue
         outcome = tried(case, mode, order) if case.leaves else Outcome("right")
-        if outcome.verdict not in ("right", "unknown"):
+        if outcome.verdict != "right":
             return name, layer, outcome
     return None
 
 
 def _calls(model: nn.Module, call: Call) -> list[tuple[str, nn.Module, Call]]:
-    """Each layer with its first inputs, outer layers before inner ones."""
+    """Each layer with its first inputs, in the order in which they end: inner layers before outer ones."""
     found: dict[str, tuple[str, nn.Module, Call]] = {}
 
     def note(name: str) -> Any:
-        return lambda layer, args, kwargs: found.setdefault(name, (name, layer, (args, kwargs))) and None
+        return lambda layer, args, kwargs, output: found.setdefault(name, (name, layer, (args, kwargs))) and None
 
     function = FunctionalModel(model)
     with function.alone(), _hooked(model, note):
         case = _case(function, call, 1, ())
         with undisturbed(next(iter(case.leaves.values()))):
             case.output(*case.of_task(0))
-    return [found[name] for name, _ in model.named_modules() if name in found]
+    return list(found.values())
 
 
 @contextmanager
 def _hooked(model: nn.Module, note: Any) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(note(name), with_kwargs=True) for name, layer in model.named_modules()]
+    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in model.named_modules()]
     try:
         yield
     finally:
@@ -125,7 +117,7 @@ def _case(
     """A case in double precision; a second task has slightly other parameters."""
     data, structure = pytree.tree_flatten(call)
     data = [_double(value) if isinstance(value, Tensor) else value for value in data]
-    named = dict(model.module.named_parameters())
+    named = model.parameters()
     leaves = {name: _double(value) for name, value in named.items() if value.requires_grad}
     rest = {name: value for name, value in named.items() if not value.requires_grad}
     fixed = {name: _double(value) for name, value in (rest | dict(model.module.named_buffers())).items()}
@@ -154,15 +146,33 @@ def _first_images(call: Call) -> Call:
 
 def _require_stateless(case: Case) -> None:
     """Raises for a buffer that a forward pass changes."""
-    args, kwargs = case.arguments(*case.of_task(0))
+    leaves, data = case.of_task(0)
+    args, kwargs = case.arguments(leaves, data)
     state = {name: value.clone() for name, value in case.fixed.items()}
-    for name in case.model.replaced(state, *args, **kwargs):
+    for name in case.model.replaced(state | leaves, *args, **kwargs):
         layer, _, buffer = name.rpartition(".")
         kind = type(case.model.module.get_submodule(layer)).__name__
         raise FewShotError(
             f"layer {layer!r} ({kind}) changes its buffer {buffer!r} in every forward pass, which would leak from "
             "task to task; call .eval() on that layer, or use one without such a state"
         )
+
+
+def own_function(model: FunctionalModel, call: Call) -> str:
+    """What to do where the model calls an `autograd.Function` of somebody's own and is to be compiled; else nothing.
+
+    `torch.compile` takes the gradient of one for a constant within `torch.func.grad` (seen with torch 2.13).
+    """
+    for name, layer, inputs in _calls(model.module, _first_images(call)):
+        case = _case(FunctionalModel(layer), inputs, 1, (), differentiate_inputs=True)
+        with undisturbed(torch.empty(0)), fused.disabled(), torch.enable_grad():
+            leaves, data = case.of_task(0)
+            outputs = pytree.tree_leaves(case.output({n: v.requires_grad_() for n, v in leaves.items()}, data))
+        graph = _graph([value.grad_fn for value in outputs if isinstance(value, Tensor)])
+        if any(isinstance(node, BackwardCFunction) for level in graph for node in level):
+            named = f"layer {name!r} ({type(layer).__name__})" if name else f"{type(layer).__name__}.forward itself"
+            return f"{named} calls an autograd.Function, which torch.compile differentiates wrongly; use compiled=False"
+    return ""
 
 
 def logits_from(model: FunctionalModel, call: Call) -> set[str]:
@@ -173,12 +183,17 @@ def logits_from(model: FunctionalModel, call: Call) -> set[str]:
         outputs = pytree.tree_leaves(case.output(leaves, case.of_task(0)[1]))
         output = next(value for value in outputs if isinstance(value, Tensor))
     names = {id(value): name for name, value in leaves.items()}
-    level: list[Any] = [output.grad_fn]
-    seen: set[Any] = set()
-    while level := [node for node in level if node is not None and node not in seen]:
+    for level in _graph([output.grad_fn]):
         if found := {names[id(node.variable)] for node in level if id(getattr(node, "variable", None)) in names}:
             owners = {name.rpartition(".")[0] for name in found}
             return {name for name in leaves if name.rpartition(".")[0] in owners}
+    return set()
+
+
+def _graph(level: list[Any]) -> Iterator[list[Any]]:
+    """The nodes of an autograd graph, from its results on, by their distance."""
+    seen: set[Any] = set()
+    while level := [node for node in dict.fromkeys(level) if node is not None and node not in seen]:
+        yield level
         seen.update(level)
         level = [after for node in level for after, _ in node.next_functions]
-    return set()

@@ -13,8 +13,8 @@ from torch.backends import cudnn, mha
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_SWAPPING = threading.RLock()
-"""Held while a model has other values, as PyTorch puts them into the module itself: threads take turns."""
+exclusive = threading.RLock()
+"""Held while a model has other values, as PyTorch puts them into the module itself, and while its own are read."""
 
 
 class FunctionalModel:
@@ -41,6 +41,11 @@ class FunctionalModel:
         with self.alone():
             return functional_call(self.module, values, args, kwargs, tie_weights=False)
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The module's own parameters, by name."""
+        with exclusive:
+            return dict(self.module.named_parameters())
+
     def replaced(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> set[str]:
         """The names of those `params` that a call changes, in place or for other tensors."""
         values = self._placed(params)
@@ -61,7 +66,7 @@ class FunctionalModel:
     def alone(self) -> Iterator[None]:
         """Within, no other thread has values of its own in the module, and kernels can be differentiated twice."""
         with ExitStack() as held:
-            held.enter_context(_SWAPPING)
+            held.enter_context(exclusive)
             held.enter_context(sdpa_kernel(SDPBackend.MATH))
             if mha.get_fastpath_enabled():
                 mha.set_fastpath_enabled(False)

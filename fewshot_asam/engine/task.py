@@ -86,7 +86,7 @@ def batch(lower: LowerLevel, episodes: Episodes, generator: torch.Generator | No
 
 def initial_parameters(lower: LowerLevel) -> Params:
     """What a task adapts, before its first step: the meta-parameters, and zeros for those that are `zeroed`."""
-    named = dict(lower.model.module.named_parameters())
+    named = lower.model.parameters()
     return {
         name: torch.zeros_like(named[name]).requires_grad_() if name in lower.zeroed else named[name]
         for name in lower.adapted
@@ -102,7 +102,7 @@ def initial_state(lower: LowerLevel) -> State:
 
 def shared_parameters(lower: LowerLevel) -> Params:
     """The trainable parameters that the inner loop leaves alone."""
-    named = lower.model.module.named_parameters()
+    named = lower.model.parameters().items()
     return {name: value for name, value in named if value.requires_grad and name not in lower.adapted}
 
 

@@ -27,10 +27,18 @@ Order = Literal[1, 2]
 """Derivatives that are needed: a second one for meta-gradients of second order."""
 Verdict = Literal["right", "wrong gradient", "wrong second derivative", "fails", "unknown"]
 
-STEP = 1e-8
-"""Of the finite differences, relative to each parameter: so short that a ReLU's kink is rarely met."""
-TOLERANCE = 1e-4
-"""Relative; PyTorch's wrong derivatives are off by 1e-3 or more, finite differences by about 1e-6."""
+
+class Differences(NamedTuple):
+    """How finite differences are taken, and what they must agree with, both relative."""
+
+    step: float
+    tolerance: float
+
+
+FINE = Differences(1e-8, 1e-4)
+"""So short that a ReLU's kink is rarely met; PyTorch's wrong derivatives are off by 1e-2, these by about 1e-6."""
+COARSE = Differences(1e-3, 1e-2)
+"""For models that compute in single precision inside."""
 ATTEMPTS = 3
 """Directions that are tried where a kink was met."""
 IMAGES = 4
@@ -62,7 +70,10 @@ class Case:
 
     def arguments(self, leaves: Params, data: list[Any]) -> Any:
         """The call's positional and keyword arguments for one task."""
-        given = [leaves.get(str(place), value) for place, value in enumerate(data)]
+        inputs = {
+            int(name): value.clone() for name, value in leaves.items() if name.isdigit()
+        }  # may be changed in place
+        given = [inputs.get(place, value) for place, value in enumerate(data)]
         return pytree.tree_unflatten(given, self.structure)
 
     def output(self, leaves: Params, data: list[Any]) -> Any:
@@ -85,9 +96,9 @@ class Case:
             parts.append((weights * (value + value.square())).mean())
         return torch.stack(parts).sum()
 
-    def gradient(self, leaves: Params, mode: Mode) -> Params:
-        """The objective's gradient at `leaves`, `[T, ...]` each; it carries a graph where `leaves` do."""
-        take = _by_autograd if mode == "loop" else torch.func.grad
+    def gradient(self, leaves: Params, mode: Mode) -> tuple[Params, Tensor]:
+        """The objective's gradient at `leaves`, `[T, ...]` each, with a graph where they have one; and its value."""
+        take = _by_autograd if mode == "loop" else torch.func.grad_and_value
         return self.of_each_task(take(self.objective), leaves, mode)  # type: ignore[no-any-return]
 
     def of_each_task(self, function: Callable[..., Any], leaves: Params, mode: Mode) -> Any:
@@ -102,15 +113,16 @@ class Case:
         return pytree.tree_map(lambda *values: torch.stack(values), *found)
 
 
-def _by_autograd(objective: Callable[..., Tensor]) -> Callable[..., Params]:
-    def gradient(leaves: Params, data: list[Any]) -> Params:
+def _by_autograd(objective: Callable[..., Tensor]) -> Callable[..., tuple[Params, Tensor]]:
+    def gradient(leaves: Params, data: list[Any]) -> tuple[Params, Tensor]:
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
             own = leaves if graph else {name: value.detach().requires_grad_() for name, value in leaves.items()}
+            value = objective(own, data)
             grads = torch.autograd.grad(
-                objective(own, data), list(own.values()), create_graph=graph, allow_unused=True, materialize_grads=True
+                value, list(own.values()), create_graph=graph, allow_unused=True, materialize_grads=True
             )
-        return dict(zip(own, grads, strict=True))
+        return dict(zip(own, grads, strict=True)), value.detach()
 
     return gradient
 
@@ -144,59 +156,63 @@ def first_line(error: Exception) -> str:
 
 
 def _compared(case: Case, mode: Mode, order: Order) -> Outcome:
-    first = case.gradient(case.leaves, mode)
-    again = case.gradient(case.leaves, mode)
-    if _apart(first, again, first) > TOLERANCE:
+    case.of_each_task(case.objective, case.leaves, mode)  # what cannot be predicted without a gradient says so
+    first, again = (case.gradient(case.leaves, mode)[0] for _ in range(2))
+    if _apart(first, again, first) > FINE.tolerance:
         return Outcome("unknown", "its forward pass draws numbers that torch.manual_seed does not control")
-    generator = torch.Generator().manual_seed(0)
-    outcome = Outcome("unknown", "finite differences are too rough: its forward pass is not in double precision")
-    for _ in range(ATTEMPTS):
-        direction = {name: _direction(value, generator) for name, value in case.leaves.items()}
-        outcome = _slope(case, mode, first, direction)
-        if outcome.verdict == "right" and order == 2:
-            inner = {name: value * (name in case.wanted) for name, value in direction.items()}
-            outcome = _curvature(case, mode, inner)
-        if outcome.verdict == "right":
-            break
+    generator, outcome = torch.Generator().manual_seed(0), Outcome("unknown")
+    for by in (FINE, COARSE):
+        for _ in range(ATTEMPTS):
+            direction = {name: _direction(value, generator) for name, value in case.leaves.items()}
+            outcome = _slope(case, mode, by, first, direction)
+            if outcome.verdict == "right" and order == 2:
+                outcome = _curvature(case, mode, by, {n: v * (n in case.wanted) for n, v in direction.items()})
+            if outcome.verdict == "right":
+                return outcome
+        if outcome.verdict != "unknown":
+            return outcome
     return outcome
 
 
-def _slope(case: Case, mode: Mode, gradient: Params, direction: Params) -> Outcome:
+def _slope(case: Case, mode: Mode, by: Differences, gradient: Params, direction: Params) -> Outcome:
     """The gradient along `direction` against differences of the objective, task by task."""
 
-    def slope(by: float) -> Params:
-        points = (_moved(case.leaves, direction, sign * by) for sign in (1, -1))
-        ahead, behind = (case.of_each_task(case.objective, point, mode) for point in points)
-        return {"": (ahead - behind) / (2 * by)}
+    def slope(step: float) -> Params:
+        points = (_moved(case.leaves, direction, sign * step) for sign in (1, -1))
+        ahead, behind = (case.gradient(point, mode)[1] for point in points)
+        return {"": (ahead - behind) / (2 * step)}
 
-    along = {"": torch.stack([(gradient[n] * direction[n]).flatten(1).sum(1) for n in gradient]).sum(0)}
-    size = {"": torch.stack([(gradient[n] * direction[n]).flatten(1).norm(dim=1) for n in gradient]).norm(dim=0)}
-    return _judged("wrong gradient", along, slope(STEP), slope(4 * STEP), size)
+    along = [(gradient[name] * direction[name]).reshape(len(gradient[name]), -1) for name in gradient]
+    products = torch.cat(along, dim=1)
+    size = {"": products.norm(dim=1)}
+    return _judged("wrong gradient", by, {"": products.sum(1)}, slope, size)
 
 
-def _curvature(case: Case, mode: Mode, direction: Params) -> Outcome:
+def _curvature(case: Case, mode: Mode, by: Differences, direction: Params) -> Outcome:
     """The second derivative along `direction` against differences of the gradient."""
 
-    def curvature(by: float) -> Params:
-        ahead, behind = (case.gradient(_moved(case.leaves, direction, sign * by), mode) for sign in (1, -1))
-        return {name: (ahead[name] - behind[name]) / (2 * by) for name in ahead}
+    def curvature(step: float) -> Params:
+        ahead, behind = (case.gradient(_moved(case.leaves, direction, sign * step), mode)[0] for sign in (1, -1))
+        return {name: (ahead[name] - behind[name]) / (2 * step) for name in ahead}
 
     with torch.enable_grad():
         leaves = {name: value.clone().requires_grad_() for name, value in case.leaves.items()}
-        gradient = case.gradient(leaves, mode)
+        gradient, _ = case.gradient(leaves, mode)
         along = torch.stack([(gradient[name] * direction[name]).sum() for name in gradient]).sum()
         found = torch.autograd.grad(along, list(leaves.values()), allow_unused=True, materialize_grads=True)
     exact = dict(zip(leaves, found, strict=True))
-    return _judged("wrong second derivative", exact, curvature(STEP), curvature(4 * STEP), exact)
+    return _judged("wrong second derivative", by, exact, curvature, exact)
 
 
-def _judged(wrong: Verdict, exact: Params, near: Params, far: Params, size: Params) -> Outcome:
+def _judged(wrong: Verdict, by: Differences, exact: Params, taken: Callable[[float], Params], size: Params) -> Outcome:
+    """Right where the differences agree with `exact`; wrong where they agree with themselves alone."""
+    near = taken(by.step)
     apart = _apart(exact, near, size)
-    if apart < TOLERANCE:
+    if apart < by.tolerance:
         return Outcome("right")
-    if _apart(near, far, size) < min(1e-2, 0.1 * apart):
+    if _apart(near, taken(4 * by.step), size) < min(100 * by.tolerance, 0.1 * apart):
         return Outcome(wrong, f"a relative error of {apart:.0e}")
-    return Outcome("unknown", "finite differences are too rough: its forward pass is not in double precision")
+    return Outcome("unknown", "finite differences of it are too rough: it is not smooth, or computed in few digits")
 
 
 def _apart(one: Params, other: Params, size: Params) -> float:

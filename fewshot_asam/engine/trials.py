@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fewshot_asam.engine.diagnosis import Call, Diagnosis, diagnosed, logits_from
+from fewshot_asam.engine.diagnosis import Call, diagnosed, logits_from, own_function
 from fewshot_asam.engine.task import LowerLevel
 from fewshot_asam.engine.trial import Mode, Order
 from fewshot_asam.engine.ways import Way
@@ -21,45 +21,55 @@ class Trials:
     def __init__(self, lower: LowerLevel, adapt: str | Sequence[str]) -> None:
         self.lower, self.adapt = lower, adapt
         self.wanted = True
-        self._known: dict[object, Diagnosis] = {}
+        self._known: dict[object, str] = {}
+        self._makers: set[str] | None = None
 
-    def vectorises(self, way: Way, call: Call) -> bool:
+    def vectorises(self, call: Call) -> bool:
         """Whether the model can be run by `vmap`; warns, once, where it cannot."""
         before = len(self._known)
-        problem = self._found(way, call).problem
+        problem = self._problem("vmap", call)
         if problem and len(self._known) > before:
             warnings.warn(f"tasks run one by one: {problem.rpartition('; ')[0]}", stacklevel=4)
         return not problem
 
     def require(self, way: Way, call: Call) -> None:
-        """Raises `FewShotError` where the model cannot be run so; warns, once, where that is not known."""
-        if problem := self._found(way, call).problem:
+        """Raises `FewShotError` where the model cannot be run so, or where its head is not what it is taken for."""
+        mode: Mode = "vmap" if way.tasks == "vmap" else "functional" if way.compiled else "loop"
+        if (
+            problem := self._problem(mode, call)
+            or self._wrong_head(call)
+            or (way.compiled and self._uncompilable(call))
+        ):
             raise FewShotError(problem)
 
-    def _found(self, way: Way, call: Call) -> Diagnosis:
-        module = self.lower.model.module
-        if not self.wanted or type(module) in OURS or torch.compiler.is_compiling():
-            return Diagnosis()
-        mode: Mode = "vmap" if way.tasks == "vmap" else "functional" if way.compiled else "loop"
+    def _unneeded(self) -> bool:
+        return not self.wanted or type(self.lower.model.module) in OURS or torch.compiler.is_compiling()
+
+    def _problem(self, mode: Mode, call: Call) -> str:
+        if self._unneeded():
+            return ""
         order: Order = 2 if torch.is_grad_enabled() and not self.lower.rule.first_order else 1
-        key = (mode, order, tuple(layer.training for layer in module.modules()))
+        key = (mode, order, tuple(layer.training for layer in self.lower.model.module.modules()))
         if key not in self._known:
-            found = diagnosed(self.lower.model, self.lower.adapted, mode, order, call)
-            if found.warning:
-                warnings.warn(found.warning, stacklevel=5)
-            self._known[key] = found if found.problem else Diagnosis(self._wrong_head(call))
+            self._known[key] = diagnosed(self.lower.model, self.lower.adapted, mode, order, call)
         return self._known[key]
+
+    def _uncompilable(self, call: Call) -> str:
+        if "compiled" not in self._known:
+            self._known["compiled"] = "" if self._unneeded() else own_function(self.lower.model, call)
+        return self._known["compiled"]
 
     def _wrong_head(self, call: Call) -> str:
         """What to do where the head that is adapted is not the layer that the logits come from; else nothing."""
-        if self.adapt not in ("head", "body") and not self.lower.zeroed:
+        zeroed = self.lower.zeroed
+        if (self.adapt not in ("head", "body") and not zeroed) or self._unneeded():
             return ""
-        module = self.lower.model.module
-        taken = set(self.lower.zeroed or adapted_names(module, "head"))
-        makers = logits_from(self.lower.model, call)
+        if self._makers is None:
+            self._makers = logits_from(self.lower.model, call)
+        taken, makers = set(zeroed or adapted_names(self.lower.model.module, "head")), self._makers
         if not makers or taken == makers:
             return ""
-        if self.lower.zeroed:
+        if zeroed:
             return (
                 f"zero_head takes {', '.join(sorted(taken))} for the head, but the logits come from "
                 f"{', '.join(sorted(makers))}; pass zero_head={sorted(makers)}"

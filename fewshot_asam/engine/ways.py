@@ -57,7 +57,7 @@ def run(lower: LowerLevel, batch: Batch, steps: int, way: Way) -> Iterator[tuple
 def _copies(state: State, tasks: tuple[int, ...]) -> State:
     """The meta-parameters with a leading dimension of tasks, as non-leaf tensors like those of the later steps."""
     params, memory = (
-        {name: value.expand(*tasks, *value.shape).contiguous() for name, value in part.items()} for part in state
+        {name: value.expand((*tasks, *value.shape)).contiguous() for name, value in part.items()} for part in state
     )
     return params, memory
 

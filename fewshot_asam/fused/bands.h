@@ -60,6 +60,22 @@ void for_uncovered(const Shape &s, const Band &band, Body body) {
             body((row * s.width + col) * s.channels);
 }
 
+// The sums that `pass` makes of y - pivot and of its square; about the mean instead, where a pivot is so far from it that
+// the digits of the variance cancel.
+template <typename real, typename Pass>
+Sums near_mean(const Shape &s, std::vector<real> &pivots, Pass pass) {
+    const auto C = s.channels;
+    const Sums sums = pass();
+    bool far = false;
+    for (int c = 0; c < C; c++) {
+        const double shift = sums[c] / s.count(), variance = sums[C + c] / s.count() - shift * shift;
+        far = far || shift * shift > 256 * variance;
+    }
+    if (!far) return sums;
+    for (int c = 0; c < C; c++) pivots[c] += real(sums[c] / s.count());
+    return pass();
+}
+
 #define EACH_CHANNEL _Pragma("omp simd") for (int c = 0; c < C; c++)
 
 // From sums of (y - pivot) and of its square to the statistics, and from the pooled y, p, to the block's result; where
@@ -85,7 +101,7 @@ void normalise(const Shape &s, double eps, const Sums &sums, const real *pivot, 
             EACH_CHANNEL {
                 const real v = best[c] * scale[c] + shift[c];
                 result[c] = v < 0 ? 0 : v;
-                place[c] = v > 0 ? place[c] : INACTIVE;
+                place[c] = v <= 0 ? INACTIVE : place[c];  // not a number is active, as in PyTorch
             }
         });
     });

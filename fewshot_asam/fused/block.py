@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fewshot_asam.fused import first
 from fewshot_asam.fused.build import library
-from fewshot_asam.fused.compiled import KINDS, call, channels_last, pooled
+from fewshot_asam.fused.compiled import call, channels_last, doubles, pooled
 from fewshot_asam.fused.plain import gradient_of_gradient, plain_tail
+from fewshot_asam.fused.signatures import KINDS
 
 _enabled = ContextVar("fused blocks", default=True)
 
@@ -43,17 +45,37 @@ def available() -> bool:
 def applies(x: Tensor, *parameters: Tensor) -> bool:
     """Whether `conv_block` can take images `x` and `parameters` of the same precision.
 
-    That is so on a CPU outside `torch.func`, `torch.compile` and autocast.
+    That is so on a CPU where each operation is to be computed and nothing else: see `_observed`.
     """
     return (
-        x.dtype in KINDS
-        and all(value.device.type == "cpu" and value.dtype == x.dtype for value in (x, *parameters))
+        not _observed()
+        and x.dtype in KINDS
+        and x.dim() == 4
+        and all(_plain(value) and value.dtype == x.dtype for value in (x, *parameters))
         and len(x) > 0
         and min(x.shape[-2:]) >= 2
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.is_autocast_enabled("cpu")
         and available()
+    )
+
+
+def _plain(value: Tensor) -> bool:
+    """Whether it has numbers in the CPU's memory, unlike sparse and fake tensors and those without storage."""
+    return (
+        value.device.type == "cpu"
+        and value.layout == torch.strided
+        and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+def _observed() -> bool:
+    """Whether PyTorch has to see each operation: to transform, differentiate forwards, cast, record or count it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._is_tracing()
+        or _get_current_dispatch_mode() is not None
     )
 
 
@@ -125,7 +147,7 @@ class _Tail(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         best, out, place = pooled(y), pooled(y), pooled(y, torch.uint8)
-        statistics = torch.empty(2, len(gamma), dtype=torch.float64)
+        statistics = doubles(y, 2, len(gamma))
         call("tail_forward", y, eps, y, gamma.contiguous(), beta.contiguous(), best, out, place, *statistics)
         ctx.save_for_backward(y, gamma, beta, best, place, statistics)
         ctx.eps = eps
@@ -133,7 +155,9 @@ class _Tail(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return *_TailBackward.apply(channels_last(g), *ctx.saved_tensors, ctx.eps), None
+        y, gamma, beta, best, place, statistics = ctx.saved_tensors
+        g, y, best, place = map(channels_last, (g, y, best, place))
+        return *_TailBackward.apply(g, y, gamma, beta, best, place, statistics, ctx.eps), None
 
 
 class _TailBackward(Function):
@@ -155,9 +179,9 @@ class _TailBackward(Function):
     def backward(ctx: Any, hy: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
         g, y, gamma, beta, best, place, statistics, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            tail = partial(plain_tail, eps=ctx.eps)
+            tail = partial(plain_tail, eps=ctx.eps, place=place)
             return *gradient_of_gradient(tail, (hy, hgamma, hbeta), g, y, gamma, beta), None, None, None, None
-        hy = channels_last(hy)
+        hy, g, y, best, place = map(channels_last, (hy, g, y, best, place))
         gg, ggamma, gy = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(y)
         given = (hgamma.contiguous(), hbeta.contiguous(), g, place, best, y, gamma.contiguous(), *statistics, sums)
         call("tail_double_backward", y, hy, *given, gg, ggamma, gy)

@@ -1,4 +1,8 @@
-"""Compiles the C++ files of this folder with the system's C++ compiler, once a machine, and loads it."""
+"""Compiles the C++ files of this folder with the system's C++ compiler, once a machine, and loads what came out.
+
+What the cache holds is code: it is loaded only from files of our own, whole, and as a copy in memory that nothing can
+change afterwards. Whatever goes wrong ends in one warning, and is tried again by the next process.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,19 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from fewshot_asam.fused import private
+from fewshot_asam.fused.signatures import declare
 from fewshot_asam.paths import cache_dir
 
 HERE = Path(__file__).parent
@@ -25,41 +36,125 @@ TUNED = (
 )
 """Tried in this order: not every compiler knows every flag."""
 SECONDS = 120
+PROBE = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+shape, padded, found = (ctypes.c_int64 * 5)(1, 4, 4, 1, 1), (ctypes.c_double * 36)(), (ctypes.c_double * 144)()
+library.first_moments_1_double(shape, padded, found)
+"""
+"""Run in a process of its own: a broken library, or one for another processor, ends the process that loads it."""
+
+_one_at_a_time = threading.Lock()
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, with a warning, where they cannot be built or loaded."""
+    with _one_at_a_time:
+        return _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    found, warning = find()
+    if warning:
+        warnings.warn(_line(warning), stacklevel=3)
+    return found
+
+
+def find() -> tuple[ctypes.CDLL | None, str]:
+    """The functions from the cache, else freshly compiled, else None; and what has to be said about that."""
     try:
-        return ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = " ".join(str(error).split())
-        warnings.warn(f"convolutional blocks run unfused, which is slower: {reason}", stacklevel=2)
-        return None
-
-
-def _built() -> Path:
-    compiler = os.environ.get("CXX", "c++")
-    code = [path.read_bytes() for path in (*SOURCES, HERE / "bands.h")]
-    key = hashlib.sha256(repr((code, FLAGS, TUNED, compiler, _processor())).encode()).hexdigest()[:16]
-    target = cache_dir() / "fused" / f"blocks-{key}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            _compile(compiler, Path(folder) / target.name).replace(target)
-    return target
-
-
-def _compile(compiler: str, target: Path) -> Path:
-    failure = subprocess.SubprocessError()
-    for flags in TUNED:
-        command = [compiler, *FLAGS, *flags, *map(str, SOURCES), "-o", str(target)]
+        if os.name != "posix":
+            raise OSError("they need a POSIX system")
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+        path = cache_dir() / "fused" / _name(compiler)
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
-            return target
-        except subprocess.CalledProcessError as error:
-            failure = subprocess.SubprocessError(f"{compiler} failed: {error.stderr[:200]}")
+            return _loaded(private.read(path)), ""
+        except FileNotFoundError:
+            warning = ""
+        except OSError as error:
+            warning = f"convolutional blocks were compiled anew: {error}"
+        content, found = _compiled(compiler)
+    except (OSError, ValueError) as error:
+        return None, f"convolutional blocks run unfused, which is slower: {error}"
+    try:
+        private.write(path, content)
+    except OSError as error:
+        warning = f"convolutional blocks were compiled for this process alone, which takes a while each time: {error}"
+    return found, warning
+
+
+def _line(text: str) -> str:
+    """One line that every terminal can show, whatever a compiler printed."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _name(compiler: list[str]) -> str:
+    code = [path.read_bytes() for path in (*SOURCES, HERE / "bands.h")]
+    key = repr((code, FLAGS, TUNED, PROBE, compiler, _processor()))
+    return f"blocks-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
+def _loaded(content: bytes) -> ctypes.CDLL:
+    """The library from a copy of our own, which nobody can write to or cut short while it is in use."""
+    if Path("/proc/self/fd").is_dir():
+        descriptor = os.memfd_create("fewshot_asam")  # stays open: the loader knows libraries by their paths
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        return declare(ctypes.CDLL(f"/proc/{os.getpid()}/fd/{descriptor}"))
+    with private.temporary_folder() as folder:
+        path = folder / "blocks.so"
+        path.write_bytes(content)
+        return declare(ctypes.CDLL(str(path)))
+
+
+def _compiled(compiler: list[str]) -> tuple[bytes, ctypes.CDLL]:
+    """The library's content, and the library."""
+    failure = OSError()
+    for flags in TUNED:
+        try:
+            content = _output([*compiler, *FLAGS, *flags, *map(str, SOURCES)])
+            return content, _loaded(content)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            failure = error
     raise failure
+
+
+def _output(command: list[str]) -> bytes:
+    """The library that a command makes, once it was seen to run."""
+    with private.temporary_folder() as folder:
+        target = folder / "blocks.so"
+        status, printed = _run([*command, "-o", str(target)])
+        if status:
+            raise OSError(f"{command[0]} failed with status {status}: {printed[:200]}")
+        if not target.is_file():
+            raise OSError(f"{command[0]} wrote no library")
+        status, _ = _run([sys.executable, "-I", "-c", PROBE, str(target)])
+        if status:
+            raise OSError(f"what {command[0]} wrote does not run here")
+        return target.read_bytes()
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """The exit status and the start of what was printed; at the end of our patience the children end as well."""
+    with tempfile.TemporaryFile() as printed:  # a pipe could be kept open by what a command leaves behind
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
+        )
+        try:
+            status = process.wait(SECONDS)
+        except BaseException as error:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"{command[0]} did not end within {SECONDS} seconds") from None
+            raise
+        printed.seek(0)
+        return status, printed.read(1000).decode(errors="replace")
 
 
 def _processor() -> str:

@@ -80,7 +80,7 @@ void forward(const Shape &s, double eps, const real *x, const real *w, const rea
         pivots[c] = at_place<CHANNELS>(s, x, w, s.height / 2, s.width / 2, c);
     }
     const real *sign = signs.data(), *pivot = pivots.data();
-    const Sums sums = for_bands<2, real>(s, [=, &s](const Band &band, real *part) {
+    const auto pass = [=, &s](const Band &band, real *part) {
         for_columns<real>(s, band, [=, &s, &band](auto col, auto to) {
             const Window<real, CHANNELS> window(s, band, x, col);
             for (int c = 0; c < C; c += 2 * LANES) {
@@ -109,7 +109,8 @@ void forward(const Shape &s, double eps, const real *x, const real *w, const rea
                     part[c] += d;
                     part[C + c] += d * d;
                 }
-    });
+    };
+    const Sums sums = near_mean(s, pivots, [&] { return for_bands<2, real>(s, pass); });
     normalise(s, eps, sums, pivot, gamma, beta, p, out, code, mean, rstd);
 }
 

@@ -11,12 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fewshot_asam.fused.compiled import call, channels_last, pooled
+from fewshot_asam.fused.compiled import call, channels_last, doubles, pooled
 from fewshot_asam.fused.plain import gradient_of_gradient, plain_tail
-
-CHANNELS = (1, 3)
-REGISTER = 64
-"""Bytes of the vectors that `first.cpp` is written in; it takes filters two vectors at a time."""
+from fewshot_asam.fused.signatures import CHANNELS, REGISTER, moments_shape
 
 Images = tuple[Tensor, Tensor]
 """Padded images `[n, H + 2, W + 2, C]` and the moments of their patches, `[9 * C, more than 9 * C]` doubles."""
@@ -40,18 +37,25 @@ def block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) ->
 
 
 def _images(x: Tensor) -> Images:
-    """Made once for images that several gradients are taken on."""
-    latest = None if x.is_inference() else x._version
-    version, images = _seen.get(x, (None, None))
-    if latest is None or version != latest:
-        padded = F.pad(x.detach().permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
-        patch, lanes = 9 * x.shape[1], REGISTER // x.element_size()
-        moments = torch.empty(patch, (patch + lanes) // lanes * lanes, dtype=torch.float64)
-        call(f"first_moments_{x.shape[1]}", _like(x, 1), padded, moments)
-        images = padded, moments
-        if latest is not None:
-            _seen[x] = latest, images
-    return images  # type: ignore[no-any-return]
+    """Made once for images that several gradients are taken on, and again where their pixels are not the same."""
+    images: Images | None = _seen.get(x)
+    if images is None or not _shows(images[0], x):
+        with torch.inference_mode(False):
+            images = _prepared(x)
+        _seen[x] = images
+    return images
+
+
+def _shows(padded: Tensor, x: Tensor) -> bool:
+    """Whether these are the pixels of `x`: `.data`, NumPy and other views change them without PyTorch's notice."""
+    return padded.dtype == x.dtype and torch.equal(padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2), x)
+
+
+def _prepared(x: Tensor) -> Images:
+    padded = F.pad(x.detach().permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+    moments = doubles(x, *moments_shape(x.shape[1], x.dtype))
+    call("first_moments", _like(x, 1), padded, moments, channels=x.shape[1])
+    return padded, moments
 
 
 def _like(x: Tensor, filters: int) -> Tensor:
@@ -66,16 +70,18 @@ class _First(Function):
     ) -> Tensor:
         y = _like(x, len(gamma))
         best, out, place = pooled(y), pooled(y), pooled(y, torch.uint8)
-        statistics = torch.empty(2, len(gamma), dtype=torch.float64)
+        statistics = doubles(x, 2, len(gamma))
         given = (images[0], filters, gamma.contiguous(), beta.contiguous(), best, out, place, *statistics)
-        call(f"first_forward_{x.shape[1]}", y, eps, *given)
+        call("first_forward", y, eps, *given, channels=x.shape[1])
         ctx.save_for_backward(filters, gamma, beta, x, *images, best, place, statistics)
         ctx.eps = eps
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return *_FirstBackward.apply(channels_last(g), *ctx.saved_tensors, ctx.eps), None, None, None
+        *given, best, place, statistics = ctx.saved_tensors
+        g, best, place = map(channels_last, (g, best, place))
+        return *_FirstBackward.apply(g, *given, best, place, statistics, ctx.eps), None, None, None
 
 
 class _FirstBackward(Function):
@@ -87,9 +93,9 @@ class _FirstBackward(Function):
         best: Tensor, place: Tensor, statistics: Tensor, eps: float,
     ) -> Any:  # fmt: skip
         gfilters, sums = torch.empty_like(filters), torch.empty_like(statistics)
-        gathered = torch.empty(filters.shape, dtype=torch.float64)
+        gathered = doubles(x, *filters.shape)
         given = (padded, filters, moments, g, place, best, gamma.contiguous(), *statistics, gfilters, gathered, sums)
-        call(f"first_backward_{x.shape[1]}", _like(x, len(gamma)), *given)
+        call("first_backward", _like(x, len(gamma)), *given, channels=x.shape[1])
         ctx.save_for_backward(g, filters, gamma, beta, x, padded, moments, best, place, statistics, gathered, sums)
         ctx.eps = eps
         gbeta, ggamma = sums.to(x.dtype)
@@ -99,16 +105,17 @@ class _FirstBackward(Function):
     def backward(ctx: Any, hfilters: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
         g, filters, gamma, beta, x, padded, moments, best, place, statistics, gathered, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            block = partial(_plain_block, x, eps=ctx.eps)
+            block = partial(_plain_block, x, eps=ctx.eps, place=place)
             found = gradient_of_gradient(block, (hfilters, hgamma, hbeta), g, filters, gamma, beta)
         else:
+            g, best, place = map(channels_last, (g, best, place))
             gg, ggamma, gfilters = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(filters)
             given = (hfilters.contiguous(), hgamma.contiguous(), hbeta.contiguous(), padded, filters, moments, place)
             more = (best, gamma.contiguous(), *statistics, gathered, sums, gg, ggamma, gfilters)
-            call(f"first_double_backward_{x.shape[1]}", _like(x, len(gamma)), *given, *more)
+            call("first_double_backward", _like(x, len(gamma)), *given, *more, channels=x.shape[1])
             found = (gg, gfilters, ggamma, None)  # type: ignore[assignment]
         return *found, *[None] * 7
 
 
-def _plain_block(x: Tensor, filters: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    return plain_tail(F.conv2d(x, filters.permute(3, 2, 0, 1), padding=1), gamma, beta, eps)
+def _plain_block(x: Tensor, filters: Tensor, gamma: Tensor, beta: Tensor, eps: float, place: Tensor) -> Tensor:
+    return plain_tail(F.conv2d(x, filters.permute(3, 2, 0, 1), padding=1), gamma, beta, eps, place)

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+INACTIVE = 4
+"""As in `bands.h`."""
 
-def plain_tail(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """What `_Tail` computes, as PyTorch would write it."""
+
+def plain_tail(y: Tensor, gamma: Tensor, beta: Tensor, eps: float, place: Tensor) -> Tensor:
+    """What `_Tail` computes, as PyTorch would write it, where `place` says which of a window's places was chosen.
+
+    To choose again would choose others where places are equal, and derivatives of different choices would be mixed.
+    """
     var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0, keepdim=True)
     normal = (y - mean) * torch.rsqrt(var + eps)
-    return F.max_pool2d(F.relu(normal * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)), 2)
+    values = normal * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
+    height, width = place.shape[2:]
+    windows = values[..., : 2 * height, : 2 * width].unflatten(3, (width, 2)).unflatten(2, (height, 2))
+    four = windows.transpose(3, 4).flatten(4)  # [n, C, height, width, 4]
+    chosen = four.gather(4, place.long().clamp(max=3).unsqueeze(4)).squeeze(4)
+    return torch.where(place == INACTIVE, 0, chosen)
 
 
 def gradient_of_gradient(

@@ -18,10 +18,10 @@ template <typename real>
 void forward(const Shape &s, double eps, const real *y, const real *gamma, const real *beta, real *p, real *out,
              Code *code, double *mean, double *rstd) {
     const int C = int(s.channels);
-    std::vector<real> signs(C);
+    std::vector<real> signs(C), pivots(y, y + C);
     for (int c = 0; c < C; c++) signs[c] = gamma[c] < 0 ? -1 : 1;
-    const real *sign = signs.data(), *pivot = y;
-    const Sums sums = for_bands<2, real>(s, [=, &s](const Band &band, real *part) {
+    const real *sign = signs.data(), *pivot = pivots.data();
+    const auto pass = [=, &s](const Band &band, real *part) {
         real *__restrict first = part, *__restrict second = part + C;
         for_windows(s, band, [=](auto at, auto below, auto to) {
             const real *__restrict y0 = y + at, *__restrict y1 = y0 + C, *__restrict y2 = y + below, *__restrict y3 = y2 + C;
@@ -46,7 +46,8 @@ void forward(const Shape &s, double eps, const real *y, const real *gamma, const
                 second[c] += d * d;
             }
         });
-    });
+    };
+    const Sums sums = near_mean(s, pivots, [&] { return for_bands<2, real>(s, pass); });
     normalise(s, eps, sums, pivot, gamma, beta, p, out, code, mean, rstd);
 }
 

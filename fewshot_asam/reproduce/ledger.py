@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fewshot_asam.config import plain
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.reproduce.plan import WITHOUT_EFFECT, Cell, Test
+from fewshot_asam.reproduce.schema import cell_problem, test_problem, unpacked
 
 Record = dict[str, Any]
 FILE = "ledger.jsonl"
@@ -39,32 +40,46 @@ def append(path: Path, record: Record) -> None:
         raise FewShotError(f"{path} cannot be written ({error}); what it held before is intact") from error
 
 
-def read(path: Path) -> list[Record]:
-    """The lines of a ledger, in order; none without a file. Warns of a line that is none, and leaves it out."""
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise FewShotError(f"{path} cannot be read ({error})") from error
+def read(path: Path, problem: Callable[[Record], str] = lambda record: "") -> list[Record]:
+    """The lines of a ledger, in order; none without a file. Warns of a line that is none, and leaves it out.
+
+    Raises `FewShotError` naming the first line of which `problem` says something.
+    """
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
-            records.append(record)
-        else:
+        if not isinstance(record, dict):
             warnings.warn(f"{path} line {number} is broken and left out, as a killed process leaves one", stacklevel=2)
+        elif found := problem(record):
+            raise FewShotError(
+                f"{path} line {number}: {found}; expected a line as reproduce_maml writes it: remove it, and it is run "
+                "again"
+            )
+        else:
+            records.append(record)
     return records
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        if path.exists() and not path.is_file():
+            raise FewShotError(f"{path} is no file; expected lines as reproduce_maml writes them")
+        return path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise FewShotError(f"{path} cannot be read ({error})") from error
 
 
 def read_cells(path: Path) -> dict[str, Record]:
     """The last record of each cell, by its name; raises `FewShotError` for a line that is no cell's."""
-    records = read(path)
-    for record in records:
-        if missing := [name for name in ("cell", "tests", "seed", "settings") if name not in record]:
-            raise FewShotError(f"{path} has a line without {missing[0]}; expected lines as reproduce_maml writes them")
-    return {record["cell"]: record for record in records}
+    return {record["cell"]: record for record in read(path, cell_problem)}
+
+
+def read_tests(path: Path) -> list[Record]:
+    """The records of a run folder's tests; raises `FewShotError` for a line that is no test's."""
+    return read(path, test_problem)
 
 
 def is_done(cell: Cell, records: Mapping[str, Record]) -> bool:
@@ -101,5 +116,6 @@ def pack(accuracies: Tensor, queries: int) -> str:
 
 def accuracies(test: Record, tasks: int | None = None) -> Tensor:
     """The accuracies of a test's record, float64 `[tasks]`: the first ones, or all."""
-    counts = np.frombuffer(zlib.decompress(base64.b64decode(test["right"])), "<u2")[:tasks]
-    return torch.tensor(counts.astype(np.float64) / test["query_images"])
+    counts = unpacked(test["right"], test["tasks"])
+    assert counts is not None, "records are checked when they are read"
+    return torch.tensor(counts[:tasks].astype(np.float64) / test["query_images"])

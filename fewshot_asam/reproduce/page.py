@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from fewshot_asam import runs
+from fewshot_asam.checkpoint import write_text
 from fewshot_asam.evaluate import interval
 from fewshot_asam.reproduce import answers, ledger, plots
 from fewshot_asam.reproduce.found import Found, Looked, cosines_of, look_up, machine, seconds
@@ -43,7 +43,7 @@ def write_page(plans: Sequence[Plan], results: Path) -> None:
     looked = look_up(plans, ledger.read_cells(results / ledger.FILE))
     results.mkdir(parents=True, exist_ok=True)
     plots.draw(looked, results)
-    runs.write_text(results / "README.md", render(looked))
+    write_text(results / "README.md", render(looked))
 
 
 def render(looked: Looked) -> str:

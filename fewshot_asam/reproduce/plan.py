@@ -35,6 +35,8 @@ FIRST_DEFAULTS = {"init": "xavier", "head_init": "default"}
 SAID = ("inner", "dataset", "ways", "shots", "seed")
 """Settings that a command line says even where they are as by default."""
 MOST_SEEDS = 10
+MOST_TASKS = 10**7
+"""Of a test, whose every answer the ledger keeps."""
 
 
 class Test(NamedTuple):
@@ -209,9 +211,11 @@ def _config(settings: dict[str, object], seed: int, origin: str) -> TrainConfig:
 
 def _check_test(test: Mapping[str, Any], origin: str) -> None:
     require_known(test, (*ADAPTATION, "tasks"), origin)
-    if not isinstance(test.get("tasks"), int):
+    if type(test.get("tasks")) is not int:
         raise FewShotError(f"{origin}: tasks is {test.get('tasks')!r}; expected a whole number")
     require_count(f"{origin}: tasks", test["tasks"], 2)
+    if test["tasks"] > MOST_TASKS:
+        raise FewShotError(f"{origin}: tasks is {test['tasks']}; expected at most {MOST_TASKS:,}")
     from_plain({name: value for name, value in test.items() if name != "tasks"}, origin)
 
 

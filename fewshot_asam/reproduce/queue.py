@@ -24,6 +24,8 @@ import fewshot_asam
 from fewshot_asam import runs
 from fewshot_asam.config import TrainConfig, plain
 from fewshot_asam.evaluate import interval
+from fewshot_asam.identity import identify
+from fewshot_asam.metrics import read_metrics
 from fewshot_asam.prepare import load_data, resolve_device
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.ledger import Record
@@ -126,7 +128,7 @@ def _heading(cell: Cell) -> Record:
 
 def _training(folder: Path) -> Record:
     """What the ledger keeps of a finished training: its summary, and the courses of validation and congruence."""
-    summary, rows = runs.read_summary(folder), runs.read_metrics(folder)
+    summary, rows = runs.read_summary(folder), read_metrics(folder)
     names = ("device", "engine", "processes", "iterations", "best_iteration", "val_accuracy", "wall_seconds")
     found: Record = {name: summary[name] for name in names}
     seconds = {row["iteration"]: row["seconds"] for row in rows if "seconds" in row}
@@ -145,14 +147,14 @@ def _training(folder: Path) -> Record:
 def _tests(cell: Cell, config: TrainConfig, folder: Path, stop: Stop) -> list[Record]:
     """The records of a cell's tests, of which those that the folder has already are not repeated."""
     file = folder / "tests.jsonl"
-    found: Record = {"tests": ledger.read(file)}
+    found: Record = {"tests": ledger.read_tests(file)}
     missing = [test for test in cell.tests if ledger.find(found, test) is None]
     dataset = load_data(config, resolve_device(config.device)) if missing else None
     for test in missing:
         stop.check()
         assert dataset is not None
         ledger.append(file, _tested(test, config, folder, dataset, stop.check))
-    found = {"tests": ledger.read(file)}
+    found = {"tests": ledger.read_tests(file)}
     return [record for test in cell.tests if (record := ledger.find(found, test)) is not None]
 
 
@@ -160,7 +162,7 @@ def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between
     started = time.monotonic()
     adaptation: dict[str, Any] = {"inner": test.inner, "inner_steps": test.inner_steps, "inner_lr": test.inner_lr}
     adapting = replace(config, **adaptation)
-    learner = best_learner(folder, adapting, dataset)
+    learner = best_learner(folder, adapting, dataset, identify(config, dataset))
     found = evaluated(learner, adapting, dataset.test, test.tasks, between=between)
     record: Record = {"command": adaptation_command(test._asdict())}
     record |= adaptation | {"rule": adapting.rule_text, "norm": config.norm, "queries": config.queries}
