@@ -199,7 +199,7 @@ class HeadFirst(nn.Module):
 def test_the_head_of_a_model_of_ones_own_is_checked_and_can_be_named() -> None:
     model, batch = seeded(HeadFirst), episodes()
     with pytest.raises(FewShotError, match=r"zero_head takes bottom\.bias, bottom\.weight for the head, but the"):
-        MAML(model, 0.1, zero_head=True, engine="loop").meta_loss(batch, 1)
+        MAML(model, 0.1, zero_head=True).meta_loss(batch, 1)
     learner = MAML(model, 0.1, zero_head=["top.*"])
     assert not learner.meta_loss(batch, 0).logits.any()
     learner.zero_head = False

@@ -61,15 +61,15 @@ class Trials:
 
     def _wrong_head(self, call: Call) -> str:
         """What to do where the head that is adapted is not the layer that the logits come from; else nothing."""
-        if (self.adapt not in ("head", "body") and not self.lower.zeroed) or self._unneeded():
+        zeroed = self.lower.zeroed
+        if (self.adapt not in ("head", "body") and not zeroed) or self._unneeded():
             return ""
         if self._makers is None:
             self._makers = logits_from(self.lower.model, call)
-        taken = set(self.lower.zeroed or adapted_names(self.lower.model.module, "head"))
-        makers = self._makers
+        taken, makers = set(zeroed or adapted_names(self.lower.model.module, "head")), self._makers
         if not makers or taken == makers:
             return ""
-        if self.lower.zeroed:
+        if zeroed:
             return (
                 f"zero_head takes {', '.join(sorted(taken))} for the head, but the logits come from "
                 f"{', '.join(sorted(makers))}; pass zero_head={sorted(makers)}"
