@@ -102,7 +102,8 @@ class TrainConfig:
     meta_lr: float = 2e-3
     """learning rate of Adam at the upper level"""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """course of meta_lr; cosine falls to 0 at the last iteration (resumed with more iterations it is stretched)"""
+    """course of meta_lr; cosine falls to 0 at the last iteration, or at the end of max_minutes if that comes first
+    (resumed with more iterations it is stretched)"""
     clip_grad: float | None = None
     """largest norm of the meta-gradient"""
     validate_every: int = 100

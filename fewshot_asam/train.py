@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from signal import Signals
 from typing import Any
 
@@ -20,11 +21,14 @@ from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.evaluate import Interval, evaluate, interval
 from fewshot_asam.identity import data, require_same_everywhere, shared
+from fewshot_asam.memory import peak_memory
 from fewshot_asam.metrics import MetricsLog
 from fewshot_asam.prepare import load_data, resolve_device
 from fewshot_asam.stop import Stop, Stopped
 from fewshot_asam.trainer import Trainer, build, evaluation_sampler
 
+FORESEEN = 10
+"""Iterations after which it is said what the rest will take."""
 ROWS = 500
 """About as many lines of training metrics are kept of a run."""
 
@@ -180,7 +184,8 @@ def _fit(trainer: Trainer, stop: Stop) -> None:
 def _loop(trainer: Trainer, stop: Stop, bar: Any, log: MetricsLog | None) -> None:
     progress, config = trainer.progress, trainer.config
     every = max(1, config.iterations // ROWS)
-    started = time.monotonic() - progress.seconds
+    began, first = time.monotonic(), progress.iteration
+    started = began - progress.seconds
     saved = (progress.iteration, progress.validated)
     while True:
         last = _finished(trainer)
@@ -199,6 +204,21 @@ def _loop(trainer: Trainer, stop: Stop, bar: Any, log: MetricsLog | None) -> Non
         trainer.advance()
         progress.seconds = time.monotonic() - started
         bar.update()
+        if progress.iteration == first + FORESEEN:
+            trainer.read()  # which waits for the device
+            bar.write(_foreseen(trainer, (time.monotonic() - began) / FORESEEN))
+
+
+def _foreseen(trainer: Trainer, pace: float) -> str:
+    """What the rest of the run will take, at a pace of so many seconds an iteration."""
+    config = trainer.config
+    left = pace * (config.iterations - trainer.progress.iteration)
+    if config.max_minutes is not None:
+        left = min(left, 60 * config.max_minutes - trainer.progress.seconds)
+    return (
+        f"{pace:.2g} s an iteration, so about {timedelta(seconds=round(left))} of training are to come, validation and "
+        f"test besides; {peak_memory(trainer.device) / 1e9:.1f} GB of memory so far"
+    )
 
 
 def _save(trainer: Trainer, log: MetricsLog | None) -> None:
@@ -212,9 +232,11 @@ def _finished(trainer: Trainer) -> bool:
 
 
 def _out_of_time(trainer: Trainer) -> bool:
-    """Whether the minutes are over, on the clock of any process."""
-    minutes = trainer.config.max_minutes
-    return minutes is not None and distributed.largest(trainer.progress.seconds) >= 60 * minutes
+    """Whether the minutes are over, on the clock of any process; the learning rate follows the same clock."""
+    if trainer.config.max_minutes is None:
+        return False
+    trainer.spent = distributed.largest(trainer.progress.seconds) / (60 * trainer.config.max_minutes)
+    return trainer.spent >= 1
 
 
 def _report(trainer: Trainer, bar: Any, log: MetricsLog | None) -> None:

@@ -57,7 +57,6 @@ class Trainer:
     learner: MetaLearner
     train_tasks: EpisodeSampler
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
     iterate: upper.Iteration
     folder: Path = Path()
     progress: Progress = field(default_factory=Progress)
@@ -66,6 +65,15 @@ class Trainer:
     """`[n, 3]`: loss, accuracy and norm of iterations that `metrics.jsonl` does not speak of yet"""
     unread: list[Tensor] = field(default_factory=list)
     """the same of later iterations, `[3]` each and still on the device"""
+    spent: float = 0.0
+    """the part of `max_minutes` that is over"""
+    schedule: torch.optim.lr_scheduler.LRScheduler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._schedule()
+
+    def _schedule(self) -> None:
+        self.schedule = upper.schedule(self.optimizer, self.config, self.progress.iteration, lambda: self.spent)
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +194,8 @@ class Trainer:
             self.train_tasks.load_state_dict(_below("tasks", tensors))
             moments = {i: _below(f"optimizer/{i}", tensors) for i in self._parameters(progress)}
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-            self.schedule = upper.schedule(self.optimizer, self.config, progress.iteration)
+            self.spent = progress.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+            self._schedule()
         except (ValueError, RuntimeError) as error:
             raise FewShotError(
                 f"{name} is not of a run with these settings, this package ({__version__}) and this kind of device "
@@ -241,10 +250,9 @@ def build(config: TrainConfig, dataset: Dataset, device: torch.device) -> Traine
             "without a task; start at most as many processes as there are tasks"
         )
     optimizer = upper.optimizer(learner, config)
-    schedule = upper.schedule(optimizer, config)
     iterate = upper.iteration(learner, optimizer, config)
     identity = identify(config, dataset)
-    return Trainer(config, dataset, identity, learner, train_tasks, optimizer, schedule, iterate)
+    return Trainer(config, dataset, identity, learner, train_tasks, optimizer, iterate)
 
 
 def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUATION_SEED) -> EpisodeSampler:

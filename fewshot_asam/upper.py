@@ -27,10 +27,15 @@ def optimizer(learner: MetaLearner, config: TrainConfig) -> torch.optim.Adam:
 
 
 def schedule(
-    adam: torch.optim.Optimizer, config: TrainConfig, iteration: int = 0
+    adam: torch.optim.Optimizer, config: TrainConfig, iteration: int = 0, spent: Callable[[], float] = lambda: 0.0
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The course of the learning rate over the iterations, as it is after so many of them."""
-    return torch.optim.lr_scheduler.LambdaLR(adam, lambda index: _rate(config, index), last_epoch=iteration - 1)
+    """The course of the learning rate over the iterations, as it is after so many of them.
+
+    - `spent`: the part of `max_minutes` that is over: cosine falls to 0 at their end, if that comes first.
+    """
+    return torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda index: _rate(config, max(index / config.iterations, spent())), last_epoch=iteration - 1
+    )
 
 
 def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainConfig) -> Iteration:
@@ -73,7 +78,6 @@ def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainCo
     return together
 
 
-def _rate(config: TrainConfig, index: int) -> float:
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, index / config.iterations)))
+def _rate(config: TrainConfig, done: float) -> float:
+    """What meta_lr is multiplied by after that part of the training."""
+    return 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -236,21 +236,27 @@ def expected_flops(p: Preset) -> int:
     return total
 
 
+def spare_flops(p: Preset) -> int:
+    """What PyTorch computes besides: in the first layer's double backward, the gradient of the images."""
+    return p.tasks * p.steps * p.ways * p.shots * 2 * 9 * p.side * p.side * p.channels * p.hidden
+
+
 @pytest.mark.parametrize(
     "preset", [SMOKE, replace(SMOKE, shots=2, channels=3, side=42, hidden=6, steps=1, tasks=3)], ids=["smoke", "other"]
 )
 def test_flops(preset: Preset) -> None:
     total, of_convolutions = limit.counted_flops(preset)
-    assert of_convolutions == expected_flops(preset)
-    assert of_convolutions == sum(one.flops * count for one, count in limit.convolutions(preset).items())
-    assert of_convolutions <= total < 1.01 * of_convolutions
+    assert of_convolutions == expected_flops(preset) + spare_flops(preset)
+    assert expected_flops(preset) == sum(one.flops * count for one, count in limit.convolutions(preset).items())
+    assert of_convolutions <= total < 1.05 * of_convolutions  # the statistics of patches, the head
 
 
 def test_limit(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limit, "keep_freed_memory", lambda: None)
     (result,) = run(limit)["results"]
-    assert result["needed_flops"] == result["convolution_flops"] == expected_flops(SMOKE)
-    assert result["achieved"] == pytest.approx(result["counted_flops"] / median(result["seconds"]))
+    assert result["needed_flops"] == result["convolution_flops"] - spare_flops(SMOKE) == expected_flops(SMOKE)
+    assert result["useful_flops"] == result["counted_flops"] - spare_flops(SMOKE)
+    assert result["achieved"] == pytest.approx(result["useful_flops"] / median(result["seconds"]))
     peak = max(result["matmul_peak"], *(rate["flops_per_s"] for rate in result["rates"]))
     assert result["share_of_peak"] == pytest.approx(result["achieved"] / peak)
     assert 0 < result["share_of_peak"] < 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -280,3 +281,14 @@ def test_what_is_adapted_is_said(adapt: str, layers: str, tmp_path: Path, capsys
     arguments = ["--adapt", adapt, "--iterations", "1", "--validate-tasks", "2", "--test-tasks", "2", "--queries", "1"]
     assert train_maml.main([*arguments, "--hidden", "4", "--output-dir", str(tmp_path / "run")]) == 0
     assert f"adapt {adapt}: the inner loop changes {layers}" in capsys.readouterr().out
+
+
+def test_what_the_rest_of_a_run_will_take_is_foreseen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--iterations", "15", "--validate-tasks", "2", "--test-tasks", "2", "--queries", "1", "--hidden", "4"]
+    assert train_maml.main([*arguments, "--output-dir", str(tmp_path / "run")]) == 0
+    said = re.search(
+        r"(\S+) s an iteration, so about (\S+) of training are to come.*; \d\.\d GB", capsys.readouterr().out
+    )
+    assert said
+    hours, minutes, seconds = map(int, said[2].split(":"))
+    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(5 * float(said[1]), abs=0.8)

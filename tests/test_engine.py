@@ -271,3 +271,22 @@ def test_a_copied_learner_is_compiled_for_its_own_model(traced: list[int]) -> No
             value.mul_(1.5)
     plain = MetaLearner(twin.model, 0.1, Rule("maml"), engine="loop")
     assert deviation(meta_gradient(twin, episodes()), meta_gradient(plain, episodes())) < 1e-10
+
+
+def test_a_cosine_schedule_falls_to_zero_at_the_end_of_the_iterations_or_of_the_minutes() -> None:
+    def rates(spent: list[float]) -> list[float]:
+        config = TrainConfig(iterations=10, meta_lr=0.5)
+        adam = optimizer(MetaLearner(build_model("conv4", 3, SHAPE, 4, seed=0), 0.1, Rule("maml")), config)
+        clock = iter([0.0, *spent])
+        steps, found = schedule(adam, config, spent=lambda: next(clock)), []
+        for _ in spent:
+            adam.step()
+            steps.step()
+            found.append(adam.param_groups[0]["lr"])
+        return found
+
+    by_iterations = rates([0.0] * 10)
+    assert by_iterations[4] == pytest.approx(0.25)
+    assert by_iterations[9] == pytest.approx(0)
+    by_minutes = rates([0.25, 0.5, 0.75, 1.0])
+    assert by_minutes == pytest.approx([0.5 * (0.5 + 0.5**1.5), 0.25, 0.5 * (0.5 - 0.5**1.5), 0.0])
