@@ -180,9 +180,9 @@ class TrainConfig:
 
     @property
     def rule_text(self) -> str:
-        """The rule with its radius and every switch that is not as usual."""
+        """The rule with its radius, and every switch and start that is not as usual."""
         usual = TrainConfig()
-        names = [*[field.name for field in fields(Rule)][2:], "validation", "adapt"]
+        names = [*[field.name for field in fields(Rule)][2:], "validation", "adapt", "init", "head_init"]
         changed = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != getattr(usual, name)]
         radius = "" if self.inner == "maml" else f" of rho {self.rho:g}"
         return ", ".join([self.inner + radius, *changed])

@@ -63,9 +63,10 @@ def train(config: TrainConfig, resume: bool = False, stop: Stop | None = None) -
             if config.compiled and not _finished(trainer):
                 _compile(trainer)
             summary = _trained_and_tested(trainer, stop)
-    accuracy = Interval(summary["test_accuracy"], summary["test_ci95"])
+    best, last = (Interval(summary[f"{kind}test_accuracy"], summary[f"{kind}test_ci95"]) for kind in ("", "last_"))
     distributed.say(
-        f"test accuracy {result_text(config, accuracy, config.test_tasks)}; see {trainer.folder / 'curves.png'}"
+        f"test accuracy {result_text(config, best, config.test_tasks)}; of the last weights {last}; see "
+        f"{trainer.folder / 'curves.png'}"
     )
     return summary
 
@@ -282,14 +283,18 @@ def _congruence(trainer: Trainer) -> dict[str, float]:
 
 
 def _test(trainer: Trainer, stop: Stop) -> dict[str, Any]:
+    """Tests the last weights, which published protocols test, and the best ones, on the same tasks."""
     config, progress, device = trainer.config, trainer.progress, trainer.device
-    trainer.learner.model.load_state_dict(trainer.best)
-    sampler = evaluation_sampler(config, trainer.dataset.test)
-    result = interval(evaluate(trainer.learner, sampler, config.test_tasks, config.inner_steps, stop.check))
+    last = result = _tested(trainer, stop)
+    if progress.best_iteration != progress.iteration:
+        trainer.learner.model.load_state_dict(trainer.best)
+        result = _tested(trainer, stop)
     summary = {
         **plain(config),
         "test_accuracy": result.mean,
         "test_ci95": result.half_width,
+        "last_test_accuracy": last.mean,
+        "last_test_ci95": last.half_width,
         "iterations": progress.iteration,
         "best_iteration": progress.best_iteration,
         "engine": progress.engine,
@@ -303,3 +308,9 @@ def _test(trainer: Trainer, stop: Stop) -> dict[str, Any]:
         runs.write_summary(trainer.folder, summary)
         runs.draw_curves(trainer.folder, config.title, result)
     return summary
+
+
+def _tested(trainer: Trainer, stop: Stop) -> Interval:
+    config = trainer.config
+    sampler = evaluation_sampler(config, trainer.dataset.test)
+    return interval(evaluate(trainer.learner, sampler, config.test_tasks, config.inner_steps, stop.check))

@@ -114,6 +114,23 @@ def test_evaluation_repeats_the_test_of_the_training_run(trained: dict[str, Path
     assert "2 queries a class, transductive norm, maml, 1 step of 0.4), as trained" in done.stdout
 
 
+def test_the_last_weights_are_tested_beside_the_best(images: Path, tmp_path: Path) -> None:
+    """With a rate that is too large they are not the same ones."""
+    folder, found = tmp_path / "run", {}
+    done = run("train_maml", *QUICK, "--data-root", images, "--meta-lr", 0.3, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best_iteration"] < summary["iterations"]
+    found["best"] = run("eval_maml", folder, "--tasks", 30).stdout
+    shutil.copy(folder / "last.safetensors", folder / "best.safetensors")
+    found["last"] = run("eval_maml", folder, "--tasks", 30).stdout
+    assert found["best"] != found["last"]
+    for kind, text in (("", found["best"]), ("last_", found["last"])):
+        accuracy = f"{100 * summary[f'{kind}test_accuracy']:.1f} % ± {100 * summary[f'{kind}test_ci95']:.1f}"
+        assert f"test accuracy {accuracy} (30 tasks" in text
+        assert accuracy in done.stdout
+
+
 def test_several_runs_are_compared_on_the_same_tasks(trained: dict[str, Path]) -> None:
     done = run("eval_maml", *trained.values(), "--tasks", 40)
     assert done.returncode == 0, done.stderr

@@ -232,3 +232,11 @@ def test_the_settings_reach_model_and_learner() -> None:
 def test_bad_input_gets_one_clear_line(make: Any, message: str) -> None:
     with pytest.raises(FewShotError, match=message):
         make()
+
+
+def test_a_result_says_a_start_that_is_not_the_usual_one() -> None:
+    assert "init" not in TrainConfig().rule_text
+    assert (
+        TrainConfig(inner="maml", init="xavier", head_init="default").rule_text
+        == "maml, init xavier, head_init default"
+    )
