@@ -225,6 +225,7 @@ COMPILERS = {
     "writes nothing into a file": (': > "$out"', "does not run here"),
     "writes half of it": ('head -c 5000 {genuine} > "$out"', "does not run here"),
     "leaves the functions out": ('cp {stub} "$out"', "does not run here"),
+    "prints without end": ('sleep 0.3; echo much; head -c 20000000 /dev/zero && cp {genuine} "$out"', "much"),
     "hangs": ("sleep 1000 & echo $! > {pid}; wait", "did not end within 0.5 seconds"),
 }
 
@@ -234,6 +235,8 @@ def test_a_bad_compiler_costs_the_fused_block_and_one_line(
     compiler: Compiler, genuine: Path, stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(build, "SECONDS", 0.5 if name == "hangs" else 30)
+    if name == "prints without end":
+        monkeypatch.setattr(build, "LARGEST_FILE", 1_000_000)
     script, reason = COMPILERS[name]
     compiler.becomes(script.format(genuine=genuine, stub=stub, pid=tmp_path / "pid"))
     library, warning = build.find()
@@ -243,6 +246,7 @@ def test_a_bad_compiler_costs_the_fused_block_and_one_line(
     if name == "hangs":
         assert compiler.runs == 1
         assert ended(int((tmp_path / "pid").read_text()))
+    monkeypatch.setattr(build, "LARGEST_FILE", 200_000_000)
     compiler.becomes(f'cp {genuine} "$out"')
     library, warning = build.find()
     assert library is not None

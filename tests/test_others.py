@@ -39,7 +39,11 @@ def made(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002  learn2learn draws from it
-        return MODELS[name]().double()
+        model = MODELS[name]().double()
+    with torch.no_grad():
+        for value in model.parameters():
+            value *= 1.05  # an orthogonal layer's stored parameters stand where it jumps
+    return model
 
 
 def table() -> dict[str, list[str]]:
@@ -142,6 +146,15 @@ def test_the_check_can_be_switched_off_and_is_made_once(monkeypatch: pytest.Monk
     learner.model = made("cosine classifier")
     meta_gradient(learner, episodes(), 1)
     assert calls == ["loop", "loop"]
+
+
+def test_a_model_with_a_head_of_zeros_is_checked_below_it() -> None:
+    model = made("weight norm")
+    for value in model.head.parameters():
+        nn.init.zeros_(value)
+    learner = MAML(model, 0.1, engine="loop")
+    with pytest.raises(FewShotError, match="_WeightNorm"):
+        learner.meta_loss(episodes(), 1)
 
 
 def test_ones_own_loop_is_checked_too() -> None:

@@ -13,7 +13,17 @@ from torch.utils import _pytree as pytree
 
 from fewshot_asam import fused
 from fewshot_asam.engine.functional import FunctionalModel
-from fewshot_asam.engine.trial import IMAGES, Case, Mode, Order, Outcome, first_line, tried, undisturbed
+from fewshot_asam.engine.trial import (
+    IMAGES,
+    Case,
+    Mode,
+    Order,
+    Outcome,
+    first_line,
+    sized_noise,
+    tried,
+    undisturbed,
+)
 from fewshot_asam.errors import FewShotError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -114,7 +124,7 @@ def _hooked(model: nn.Module, note: Any) -> Iterator[None]:
 def _case(
     model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str, ...], differentiate_inputs: bool = False
 ) -> Case:
-    """A case in double precision; a second task has slightly other parameters."""
+    """A case in double precision, somewhat off the stored weights: at a head of zeros, nothing else has a gradient."""
     data, structure = pytree.tree_flatten(call)
     data = [_double(value) if isinstance(value, Tensor) else value for value in data]
     named = model.parameters()
@@ -125,8 +135,10 @@ def _case(
         inputs = {str(i): v for i, v in enumerate(data) if isinstance(v, Tensor) and v.is_floating_point()}
         leaves |= inputs
         adapted = tuple(leaves)
+    generator = torch.Generator().manual_seed(1)
     stacked = {
-        name: torch.stack([value * (1 + 0.01 * task) for task in range(tasks)]) for name, value in leaves.items()
+        name: torch.stack([value + 0.1 * sized_noise(value, generator) for _ in range(tasks)])
+        for name, value in leaves.items()
     }
     batched = [torch.stack([value] * tasks) if isinstance(value, Tensor) else value for value in data]
     return Case(model, stacked, adapted, fixed, batched, structure)

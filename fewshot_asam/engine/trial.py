@@ -163,7 +163,7 @@ def _compared(case: Case, mode: Mode, order: Order) -> Outcome:
     generator, outcome = torch.Generator().manual_seed(0), Outcome("unknown")
     for by in (FINE, COARSE):
         for _ in range(ATTEMPTS):
-            direction = {name: _direction(value, generator) for name, value in case.leaves.items()}
+            direction = {name: sized_noise(value, generator) for name, value in case.leaves.items()}
             outcome = _slope(case, mode, by, first, direction)
             if outcome.verdict == "right" and order == 2:
                 outcome = _curvature(case, mode, by, {n: v * (n in case.wanted) for n, v in direction.items()})
@@ -230,8 +230,8 @@ def _moved(leaves: Params, direction: Params, by: float) -> Params:
     return {name: value + by * direction[name] for name, value in leaves.items()}
 
 
-def _direction(value: Tensor, generator: torch.Generator) -> Tensor:
-    """As large as the tensor that it moves."""
+def sized_noise(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers as large as the tensor that they move, or as 1 where that is zero."""
     noise = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
     size = value.square().mean().sqrt()
     return noise * torch.where(size > 0, size, torch.ones_like(size))

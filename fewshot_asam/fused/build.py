@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import resource
 import shlex
 import signal
 import subprocess
@@ -36,6 +37,8 @@ TUNED = (
 )
 """Tried in this order: not every compiler knows every flag."""
 SECONDS = 120
+LARGEST_FILE = 200_000_000
+"""Bytes of any file that a compiler writes; ours are of a few megabytes."""
 PROBE = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
@@ -145,6 +148,7 @@ def _run(command: list[str]) -> tuple[int, str]:
             command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
         )
         try:
+            _bound_output(process.pid)
             status = process.wait(SECONDS)
         except BaseException as error:
             with suppress(OSError):
@@ -155,6 +159,12 @@ def _run(command: list[str]) -> tuple[int, str]:
             raise
         printed.seek(0)
         return status, printed.read(1000).decode(errors="replace")
+
+
+def _bound_output(process: int) -> None:
+    """Lets a process write no file, its messages included, that could fill a disk."""
+    with suppress(OSError, AttributeError):  # ended already; not Linux
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
 
 def _processor() -> str:
