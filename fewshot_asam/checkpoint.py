@@ -236,7 +236,8 @@ def _stored(folder: Path) -> list[Path]:
 def _unpacked(data: bytes) -> tuple[Weights, dict[str, str]]:
     """The tensors of safetensors and what is said of them; raises `ValueError` where the data are none."""
     try:
-        tensors = load(data)
+        with torch.device("cpu"):  # whatever PyTorch's default device
+            tensors = load(data)
         if unknown := [name for name, value in tensors.items() if value.dtype not in NUMBERS]:
             raise ValueError(f"{unknown[0]} is of {tensors[unknown[0]].dtype}")
     except (SafetensorError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError) as error:

@@ -63,7 +63,7 @@ class Trainer:
     folder: Path = Path()
     progress: Progress = field(default_factory=Progress)
     best: Weights = field(default_factory=dict)
-    unlogged: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    unlogged: Tensor = field(default_factory=lambda: torch.empty(0, 3, device="cpu"))
     """`[n, 3]`: loss, accuracy and norm of iterations that `metrics.jsonl` does not speak of yet"""
     unread: list[Tensor] = field(default_factory=list)
     """the same of later iterations, `[3]` each and still on the device"""
