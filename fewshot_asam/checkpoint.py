@@ -38,6 +38,7 @@ NUMBERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 """Types of the numbers that files may hold."""
+_VERSION = re.compile(rb"[1-9]\d{0,3}")
 _STATE = re.compile(r"\d{10}\.ckpt")
 _SCRATCH = re.compile(r"\..+\.\d+\.tmp")
 
@@ -159,7 +160,7 @@ def decode(data: bytes, name: str) -> dict[str, Any]:
     """
     head, newline, rest = data.partition(b"\n")
     version = head.removeprefix(SIGNATURE)
-    if head == version or not newline or not version.isdigit():
+    if head == version or not newline or not _VERSION.fullmatch(version):
         raise FewShotError(f"{name} is damaged (it does not begin as one); expected a training state")
     if int(version) != FORMAT:
         raise FewShotError(
@@ -235,7 +236,8 @@ def _stored(folder: Path) -> list[Path]:
 def _unpacked(data: bytes) -> tuple[Weights, dict[str, str]]:
     """The tensors of safetensors and what is said of them; raises `ValueError` where the data are none."""
     try:
-        tensors = load(data)
+        with torch.device("cpu"):  # whatever PyTorch's default device
+            tensors = load(data)
         if unknown := [name for name, value in tensors.items() if value.dtype not in NUMBERS]:
             raise ValueError(f"{unknown[0]} is of {tensors[unknown[0]].dtype}")
     except (SafetensorError, KeyError, TypeError, RuntimeError, MemoryError, OverflowError) as error:

@@ -172,7 +172,7 @@ def largest(value: float) -> float:
     """The largest of the processes' values, without waiting for a GPU."""
     if size() == 1:
         return value
-    values = torch.tensor(value, dtype=torch.float64)
+    values = torch.tensor(value, dtype=torch.float64, device="cpu")
     _together(lambda: dist.all_reduce(values, dist.ReduceOp.MAX))
     return values.item()
 

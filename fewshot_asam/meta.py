@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -124,6 +124,9 @@ class Task:
         return {name: value - self._lower.lr * grad for (name, value), grad in stepped}
 
 
+_SWITCHES = {field.name for field in fields(Rule)} - {"name"}
+
+
 class MetaLearner(nn.Module):
     """A model and the rule that adapts it to a task.
 
@@ -184,6 +187,11 @@ class MetaLearner(nn.Module):
         self._settings: tuple[Any, ...] = ()
         self._trials: Trials | None = None
         self.lower  # noqa: B018  its own checks
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SWITCHES:
+            raise FewShotError(f"{name} is of the learner's rule; set rule = dataclasses.replace(rule, {name}=...)")
+        super().__setattr__(name, value)
 
     @property
     def lower(self) -> LowerLevel:

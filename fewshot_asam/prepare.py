@@ -50,9 +50,9 @@ def load_data(config: TrainConfig, device: torch.device) -> Dataset:
 
 
 def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
-    """The run's untrained meta-learner, on the CPU."""
-    return MetaLearner(
-        build_model(
+    """The run's untrained meta-learner, on the CPU, whatever PyTorch's default device."""
+    with torch.device("cpu"):
+        model = build_model(
             config.model,
             config.ways,
             image_shape,
@@ -60,7 +60,9 @@ def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> Met
             config.seed,
             config.init,
             "default" if config.head_init == "default" else "zeros",
-        ),
+        )
+    return MetaLearner(
+        model,
         config.inner_lr,
         config.rule,
         adapt=config.adapt,

@@ -33,6 +33,7 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.evaluate import evaluate
 from fewshot_asam.identity import Identity, from_json, identify, require_same
 from fewshot_asam.meta import MetaLearner
+from fewshot_asam.metrics import MEASURED
 from fewshot_asam.prepare import build_learner
 from fewshot_asam.progress import Progress
 from fewshot_asam.settings import filled
@@ -61,7 +62,7 @@ class Trainer:
     folder: Path = Path()
     progress: Progress = field(default_factory=Progress)
     best: Weights = field(default_factory=dict)
-    unlogged: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    unlogged: Tensor = field(default_factory=lambda: torch.empty(0, 3, device="cpu"))
     """`[n, 3]`: loss, accuracy and norm of iterations that `metrics.jsonl` does not speak of yet"""
     unread: list[Tensor] = field(default_factory=list)
     """the same of later iterations, `[3]` each and still on the device"""
@@ -219,6 +220,9 @@ class Trainer:
                 return f"{name} is {found.dtype} {list(found.shape)}, not {like.dtype} {list(like.shape)}"
         if bad := not_finite(tensors):
             return f"{bad} has numbers that are not finite"
+        unlogged, most = tensors["unlogged"], MEASURED["train_accuracy"][1]
+        if bool((unlogged < 0).any() or (unlogged[:, 1] > most).any()):
+            return "unlogged has a loss, an accuracy or a norm that cannot be"
         for index in moments:
             if tensors[f"optimizer/{index}/step"].item() != min(progress.iteration, MOST_STEPS):
                 return f"optimizer/{index}/step is not the iteration"

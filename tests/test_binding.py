@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import faults
 from fewshot_asam import FewShotError, locks
@@ -302,3 +303,16 @@ def test_processes_of_a_test_that_differ_are_refused(
     run: Path, tmp_path: Path, changes: list[list[str]], said: str
 ) -> None:
     assert said in refused_job(tmp_path / "logs", eval_maml.main, changes, [str(run)])
+
+
+def test_pytorchs_default_device_changes_nothing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meta` stands for a GPU: what is put there by mistake cannot be computed with."""
+    changes = {"validation": "augment", "congruence_tasks": 2, "schedule": "constant"}
+    train(settings(images, tmp_path / "plain", **changes))
+    monkeypatch.setenv("FEWSHOT_ASAM_CACHE", str(tmp_path / "cache"))
+    with torch.device("meta"):
+        train(settings(images, tmp_path / "run", iterations=2, **changes))
+        train(settings(images, tmp_path / "run", **changes), resume=True)
+        assert eval_maml.main([str(tmp_path / "run"), "--tasks", "2"]) == 0
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()

@@ -222,6 +222,13 @@ def test_a_state_of_another_version_is_refused(version: int) -> None:
         decode(data, "x.ckpt")
 
 
+@pytest.mark.parametrize("version", ["9" * 5000, "00", "", "-1", "2.0", " 2"])
+def test_what_is_no_version_is_damage(version: str) -> None:
+    data = encode(state()).replace(SIGNATURE + b"%d\n" % FORMAT, SIGNATURE + version.encode() + b"\n")
+    with pytest.raises(FewShotError, match=r"x\.ckpt is damaged"):
+        decode(data, "x.ckpt")
+
+
 def sealed(content: bytes) -> bytes:
     return SIGNATURE + b"%d\n" % FORMAT + hashlib.sha256(content).digest() + content
 

@@ -97,6 +97,9 @@ FORGERIES: dict[str, Forgery] = {
     "unlogged of two columns": put("tensors", "unlogged", value=torch.zeros(0, 2)),
     "unlogged without rows": put("tensors", "unlogged", value=torch.tensor(1.0)),
     "unlogged of more iterations": put("tensors", "unlogged", value=torch.zeros(5, 3)),
+    "unlogged accuracy of 9": put("tensors", "unlogged", value=torch.full((1, 3), 9.0)),
+    "unlogged loss below zero": put("tensors", "unlogged", value=torch.tensor([[-1.0, 0.5, 1.0]])),
+    "unlogged norm below zero": put("tensors", "unlogged", value=torch.tensor([[1.0, 0.5, -1.0]])),
     "unlogged that is not finite": put("tensors", "unlogged", value=torch.full((1, 3), float("nan"))),
 }
 

@@ -7,8 +7,11 @@ import importlib
 import inspect
 import json
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ from fewshot_asam.data import DATASETS, Dataset, ImageSet, load_dataset, omniglo
 from fewshot_asam.data.cache import cached
 from fewshot_asam.errors import FewShotError
 from test_archives import line, serve
+from test_checkpoint import umask
 
 
 @pytest.fixture
@@ -162,6 +166,54 @@ def test_a_dataset_that_another_process_cached_meanwhile_is_fine(own_cache: Path
     again = cached("tiny", "key", lambda: pytest.fail("it is not cached"))
     assert torch.equal(again.test.images, tiny.test.images)
     assert [path.name for path in (own_cache / "datasets").iterdir()] == ["tiny-key"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_cached_copy_is_open_to_whom_the_umask_says(own_cache: Path, tiny: Dataset, mask: int, mode: int) -> None:
+    with umask(mask):
+        cached("tiny", "key", lambda: tiny)
+    folder = own_cache / "datasets" / "tiny-key"
+    assert stat.S_IMODE(folder.stat().st_mode) == mode | (mode & 0o444) >> 2
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {mode}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("locked", "said"),
+    [
+        ("datasets/tiny-key/val.safetensors", "may not be read"),
+        ("datasets/tiny-key", "may not be read"),
+        ("datasets", "is not cached"),
+        (".", "is not cached"),
+    ],
+)
+def test_a_cache_that_may_not_be_read_is_done_without(own_cache: Path, tiny: Dataset, locked: str, said: str) -> None:
+    cached("tiny", "key", lambda: tiny)
+    before = {path: path.stat().st_mtime_ns for path in own_cache.rglob("*")}
+    with without_permission(own_cache / locked), pytest.warns(UserWarning, match=said) as warned:
+        assert cached("tiny", "key", lambda: tiny) is tiny
+    assert len(warned) == 1
+    assert {path: path.stat().st_mtime_ns for path in own_cache.rglob("*")} == before
+
+
+@contextmanager
+def without_permission(path: Path) -> Iterator[None]:
+    """Within, nothing may be done with a file or folder, by root neither, who is somebody else meanwhile."""
+    own, mode, above = os.geteuid(), stat.S_IMODE(path.stat().st_mode), path.parents
+    modes = {folder: stat.S_IMODE(folder.stat().st_mode) for folder in above}
+    path.chmod(0)
+    try:
+        if own == 0:
+            for folder in [folder for folder in above if not folder.stat().st_mode & stat.S_IXOTH]:
+                folder.chmod(modes[folder] | 0o055)
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(own)
+        path.chmod(mode)
+        for folder, before in modes.items():
+            if own == 0 and stat.S_IMODE(folder.stat().st_mode) != before:
+                folder.chmod(before)
 
 
 @pytest.mark.parametrize("damage", ["pipe", "names", "counts"])

@@ -173,3 +173,9 @@ def test_inductive_predictions_in_ones_own_loop() -> None:
     logits = task(batch.query_x[0], support=x)
     assert torch.allclose(logits, learner.meta_loss(batch, 2).logits[0])
     assert torch.allclose(logits[:1], task(batch.query_x[0][:1], support=x))
+
+
+def test_a_switch_of_the_rule_cannot_be_set_to_no_effect() -> None:
+    learner = MetaAgnosticSAM(torch.nn.Linear(2, 2), lr=0.1, rho=0.1)
+    with pytest.raises(FewShotError, match="rho is of the learner's rule"):
+        learner.rho = 0.5

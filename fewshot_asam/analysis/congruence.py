@@ -41,13 +41,15 @@ def congruence(learner: MetaLearner, episodes: Episodes, generator: torch.Genera
             used = None if duplicate else val
             after, _ = inner.step(lower.rule, params, memory, train, used, lower.lr, autograd_gradient)
             found.append([_cosine(lower.rule, point, train, val) for point in (params, after)])
-    return torch.tensor(found, dtype=torch.float64)
+    return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 def _cosine(rule: Rule, params: Params, train: Loss, val: Loss) -> float:
     ascent = perturb.sam(params, autograd_gradient(val, params), rule.radii[1], adaptive=rule.adaptive)
     first, second = autograd_gradient(train, params), autograd_gradient(val, perturb.add(params, ascent))
-    product = sum(((first[name].double() * second[name].double()).sum() for name in first), torch.zeros(()))
+    product = sum(
+        ((first[name].double() * second[name].double()).sum() for name in first), torch.zeros((), device="cpu")
+    )
     return (product / (_norm(first) * _norm(second))).item()
 
 

@@ -45,7 +45,8 @@ def load_dataset(
     folder = None if root is None else expanded(Path(root))
     if folder is not None and not folder.is_dir():
         raise FewShotError(f"root {folder} is not a folder; expected the one that the data of {name!r} is in")
-    dataset: Dataset = load(folder, **options)
+    with torch.device("cpu"):  # whatever PyTorch's default device
+        dataset: Dataset = load(folder, **options)
     return dataset.to(device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -30,12 +31,16 @@ def fingerprint(files: Iterable[Path], *settings: object) -> str:
 def cached(name: str, key: str, build: Callable[[], Dataset]) -> Dataset:
     """The dataset stored under `name` and `key`, or `build()`, which is then stored.
 
-    A damaged entry is built anew and a folder that cannot be written is done without; both with a warning.
+    A damaged entry is built anew; one that may not be read and a folder that cannot be written are done without. Each
+    with a warning.
     """
     folder = cache_dir() / "datasets" / f"{name}-{key}"
-    if folder.is_dir():
+    if os.path.isdir(folder):  # Path's own raises where the cache may not be entered
         try:
             return Dataset(name, *(_read(folder / f"{split}.safetensors") for split in SPLITS))
+        except PermissionError as error:
+            warnings.warn(f"the cached copy of {name} in {folder} may not be read ({error.strerror})", stacklevel=2)
+            return build()
         except (OSError, SafetensorError, FewShotError, ValueError, KeyError, TypeError, RecursionError) as error:
             warnings.warn(f"the cached copy of {name} in {folder} is damaged and built anew ({error})", stacklevel=2)
             shutil.rmtree(folder, ignore_errors=True)
@@ -58,11 +63,15 @@ def _write(dataset: Dataset, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
+        whole = scratch / folder.name
+        whole.mkdir()
         for split in SPLITS:
             images: ImageSet = getattr(dataset, split)
             tensors = {"images": images.images.contiguous(), "counts": images.counts}
-            save_file(tensors, scratch / f"{split}.safetensors", metadata={"names": json.dumps(images.names)})
-        scratch.rename(folder)
+            file = whole / f"{split}.safetensors"
+            save_file(tensors, file, metadata={"names": json.dumps(images.names)})
+            file.chmod(whole.stat().st_mode & 0o666)  # as the umask has it, for others who share the cache
+        whole.rename(folder)
     except OSError:
         if not folder.is_dir():  # or else another process was quicker
             raise

@@ -10,17 +10,16 @@ import ctypes
 import hashlib
 import os
 import platform
-import resource
 import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fewshot_asam.fused import private
 from fewshot_asam.fused.signatures import declare
@@ -37,8 +36,6 @@ TUNED = (
 )
 """Tried in this order: not every compiler knows every flag."""
 SECONDS = 120
-LARGEST_FILE = 200_000_000
-"""Bytes of any file that a compiler writes; ours are of a few megabytes."""
 PROBE = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
@@ -142,29 +139,30 @@ def _output(command: list[str]) -> bytes:
 
 
 def _run(command: list[str]) -> tuple[int, str]:
-    """The exit status and the start of what was printed; at the end of our patience the children end as well."""
-    with tempfile.TemporaryFile() as printed:  # a pipe could be kept open by what a command leaves behind
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
-        )
-        try:
-            _bound_output(process.pid)
-            status = process.wait(SECONDS)
-        except BaseException as error:
-            with suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise TimeoutError(f"{command[0]} did not end within {SECONDS} seconds") from None
-            raise
-        printed.seek(0)
-        return status, printed.read(1000).decode(errors="replace")
+    """The exit status and the start of what was printed; when it has ended, or our patience has, its children end."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    printed = bytearray()
+    reader = threading.Thread(target=_read, args=(process.stdout, printed), daemon=True)
+    reader.start()
+    try:
+        status = process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{command[0]} did not end within {SECONDS} seconds") from None
+    finally:
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(1)  # what left the group could keep the pipe open
+    return status, printed.decode(errors="replace")
 
 
-def _bound_output(process: int) -> None:
-    """Lets a process write no file, its messages included, that could fill a disk."""
-    with suppress(OSError, AttributeError):  # ended already; not Linux
-        resource.prlimit(process, resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+def _read(stream: Any, start: bytearray) -> None:
+    """Puts the start of a stream into `start` and drops the rest, so that it fills neither memory nor disk."""
+    with stream:
+        while part := stream.read1(65536):
+            start += part[: 1000 - len(start)]
 
 
 def _processor() -> str:
