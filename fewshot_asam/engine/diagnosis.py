@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,18 +13,22 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from fewshot_asam import fused
-from fewshot_asam.engine.functional import FunctionalModel
-from fewshot_asam.engine.trial import IMAGES, Case, Mode, Order, Outcome, first_line, tried, undisturbed
+from fewshot_asam.engine.functional import FunctionalModel, exclusive
+from fewshot_asam.engine.trial import IMAGES, Case, Mode, Order, Outcome, tried, undisturbed
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.perturb import Params
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a module for one task."""
 
+BESIDE = 0.2
+"""How far from its own values a model is tried too, relative, at most."""
 CURES = {
     "loop": {
-        "wrong gradient": "if that is meant so, as with a detached or straight-through gradient, pass check=False",
-        "wrong second derivative": "write it in basic operations, use first_order=True, or pass check=False",
-        "fails": "use a layer with a second derivative, or first_order=True",
+        "wrong gradient": "if that is meant so, as with a detached or straight-through gradient, pass check=False; use "
+        "recompute=True in place of torch.utils.checkpoint",
+        "wrong second derivative": "write it in basic operations, or pass check=False",
+        "fails": "write it in basic operations that have dense derivatives (sparse=False)",
     },
     "functional": dict.fromkeys(("wrong gradient", "wrong second derivative", "fails"), "use compiled=False"),
     "vmap": dict.fromkeys(("wrong gradient", "wrong second derivative", "fails"), "use engine='loop'"),
@@ -32,35 +37,80 @@ UNKNOWN = "if you know that PyTorch differentiates it rightly, twice, pass check
 WORDS = {"loop": "PyTorch", "functional": "torch.func.grad", "vmap": "vmap"}
 
 
-def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, order: Order, call: Call) -> str:
-    """What is wrong with a model in one mode, for the user; nothing where it is right.
+def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, order: Order, call: Call) -> str | None:
+    """What is wrong with a model in one mode, for the user; nothing where it is right, None where nobody can tell.
 
-    Tries `model` on the first images of a call, in double precision, and names the layer where that goes wrong.
+    Tries `model` on the first images of a call, in double precision, and names the layer where that goes wrong. Without
+    images, and where the model gives NaN for them, nothing is learned of it.
 
     Raises `FewShotError` where a forward pass changes the model's buffers, which would leak from task to task.
     """
-    name = type(model.module).__name__
-    images, tasks = _first_images(call), 2 if mode == "vmap" else 1
-    try:
-        case = _case(model, images, tasks, adapted)
+    with exclusive, _attributes_kept(model.module):
+        images, tasks = _first_images(call), 2 if mode == "vmap" else 1
+        case = _runnable(model, images, tasks, adapted)
         with undisturbed(next(iter(case.leaves.values()))):
             _require_stateless(case)
-    except FewShotError:
-        raise
-    except Exception as error:  # of anyone's model
-        return f"{name} cannot be run in double precision to be checked ({first_line(error)}); {UNKNOWN}"
-    outcome = tried(case, mode, order)
-    if outcome.verdict == "right":
-        return ""
-    layer, kind, outcome = _culprit(model.module, images, tasks, mode, order) or ("", model.module, outcome)
-    return _in_words(layer, kind, mode, outcome)
+            if not _tells(case):
+                return None
+            _require_repeatable(case)
+            _require_reached(case)
+        outcome, own = _outcome(case, mode, order)
+        if outcome.verdict == "right":
+            return ""
+        if mode != "loop" and (problem := diagnosed(model, adapted, "loop", order, call)):
+            return problem  # no other mode would cure it
+        layer, kind, outcome = _culprit(model.module, images, tasks, mode, order, own) or ("", model.module, outcome)
+        first_order = order == 2 and tried(case, mode, 1).verdict == "right"
+        return _in_words(layer, kind, mode, outcome, first_order)
 
 
-def _in_words(layer: str, kind: nn.Module, mode: Mode, outcome: Outcome) -> str:
-    named = f"layer {layer!r} ({type(kind).__name__})" if layer else f"{type(kind).__name__}.forward itself"
+def _outcome(case: Case, mode: Mode, order: Order) -> tuple[Outcome, bool]:
+    """What is found at the model's own values and beside them, and whether it was found at its own.
+
+    Beside them there is no kink that a bias of zero may stand on, and a backward pass shows that takes the model's own
+    values in place of those it was given.
+    """
+    own = tried(case, mode, order)
+    if own.verdict in ("fails", "unknown"):
+        return own, True
+    return tried(_moved(case), mode, 1 if own.verdict == "right" else order), False
+
+
+def _runnable(model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str, ...]) -> Case:
+    """The case in double precision; as it is where a model runs in its own precision alone."""
+    for precise in (_double, torch.clone):
+        case = _case(model, call, tasks, adapted, precise=precise)
+        with undisturbed(next(iter(case.leaves.values()))), _attributes_kept(model.module):
+            try:
+                case.output(*case.of_task(0))
+                return case
+            except Exception:  # of anyone's model
+                if precise is torch.clone:
+                    raise
+    raise AssertionError
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards the layers' plain attributes are as before, whatever their forward passes left there."""
+    layers = [layer for layer in module.modules() if not isinstance(layer, torch.jit.ScriptModule)]
+    before = [dict(layer.__dict__) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, attributes in zip(layers, before, strict=True):
+            for name in set(layer.__dict__) - set(attributes):
+                del layer.__dict__[name]
+            layer.__dict__.update(attributes)
+
+
+def _in_words(layer: str, kind: nn.Module, mode: Mode, outcome: Outcome, first_order: bool) -> str:
+    named = f"layer {layer!r} ({type(kind).__name__})" if layer else _named(kind, "")
     if outcome.verdict == "unknown":
         return f"the derivatives of {named} cannot be checked, as {outcome.reason}; {UNKNOWN}"
-    cure = CURES[mode][outcome.verdict]
+    cure = CURES[mode][outcome.verdict] + (", or first_order=True" if first_order and mode == "loop" else "")
+    if isinstance(kind, torch._dynamo.OptimizedModule):
+        cure = "pass the module as it is before torch.compile; compiled=True compiles its gradient"
     if mode == "vmap" and isinstance(kind, nn.BatchNorm2d):
         cure += ", or fewshot_asam.models.TaskNorm in its place"
     if outcome.verdict == "fails":
@@ -71,7 +121,7 @@ def _in_words(layer: str, kind: nn.Module, mode: Mode, outcome: Outcome) -> str:
 
 
 def _culprit(
-    model: nn.Module, call: Call, tasks: int, mode: Mode, order: Order
+    model: nn.Module, call: Call, tasks: int, mode: Mode, order: Order, own: bool
 ) -> tuple[str, nn.Module, Outcome] | None:
     """The innermost layer that goes wrong by itself, on the inputs that it has in the model."""
     for name, layer, inputs in _calls(model, call):
@@ -80,7 +130,7 @@ def _culprit(
             case = _case(function, inputs, tasks, tuple(dict(layer.named_parameters())), differentiate_inputs=True)
         except Exception:  # a layer that cannot be called by itself
             continue
-        outcome = tried(case, mode, order) if case.leaves else Outcome("right")
+        outcome = tried(case if own else _moved(case), mode, order) if case.leaves else Outcome("right")
         if outcome.verdict != "right":
             return name, layer, outcome
     return None
@@ -103,7 +153,8 @@ def _calls(model: nn.Module, call: Call) -> list[tuple[str, nn.Module, Call]]:
 
 @contextmanager
 def _hooked(model: nn.Module, note: Any) -> Iterator[None]:
-    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in model.named_modules()]
+    layers = [(n, m) for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]  # takes no hooks
+    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in layers]
     try:
         yield
     finally:
@@ -112,15 +163,21 @@ def _hooked(model: nn.Module, note: Any) -> Iterator[None]:
 
 
 def _case(
-    model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str, ...], differentiate_inputs: bool = False
+    model: FunctionalModel,
+    call: Call,
+    tasks: int,
+    adapted: tuple[str, ...],
+    differentiate_inputs: bool = False,
+    precise: Callable[[Tensor], Tensor] | None = None,
 ) -> Case:
     """A case in double precision; a second task has slightly other parameters."""
+    precise = precise or _double
     data, structure = pytree.tree_flatten(call)
-    data = [_double(value) if isinstance(value, Tensor) else value for value in data]
+    data = [precise(value.detach()) if isinstance(value, Tensor) else value for value in data]
     named = model.parameters()
-    leaves = {name: _double(value) for name, value in named.items() if value.requires_grad}
+    leaves = {name: precise(value.detach()) for name, value in named.items() if value.requires_grad}
     rest = {name: value for name, value in named.items() if not value.requires_grad}
-    fixed = {name: _double(value) for name, value in (rest | dict(model.module.named_buffers())).items()}
+    fixed = {name: precise(value.detach()) for name, value in (rest | dict(model.module.named_buffers())).items()}
     if differentiate_inputs:
         inputs = {str(i): v for i, v in enumerate(data) if isinstance(v, Tensor) and v.is_floating_point()}
         leaves |= inputs
@@ -132,8 +189,19 @@ def _case(
     return Case(model, stacked, adapted, fixed, batched, structure)
 
 
+def _moved(case: Case) -> Case:
+    """The same beside its values, with the same signs."""
+    generator = torch.Generator().manual_seed(1)
+    return replace(case, leaves={name: _beside(value, generator) for name, value in case.leaves.items()})
+
+
+def _beside(value: Tensor, generator: torch.Generator) -> Tensor:
+    by = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value) * BESIDE
+    return torch.where(value == 0, by, value * (1 - by))
+
+
 def _double(value: Tensor) -> Tensor:
-    return value.detach().double() if value.is_floating_point() else value.detach().clone()
+    return value.double() if value.is_floating_point() else value.clone()
 
 
 def _first_images(call: Call) -> Call:
@@ -145,17 +213,97 @@ def _first_images(call: Call) -> Call:
 
 
 def _require_stateless(case: Case) -> None:
-    """Raises for a buffer that a forward pass changes."""
+    """Raises for a buffer, a parameter or an image that a forward pass changes."""
     leaves, data = case.of_task(0)
-    args, kwargs = case.arguments(leaves, data)
+    given = [value.clone() if isinstance(value, Tensor) else value for value in data]
+    args, kwargs = case.arguments(leaves, given)
     state = {name: value.clone() for name, value in case.fixed.items()}
-    for name in case.model.replaced(state | leaves, *args, **kwargs):
-        layer, _, buffer = name.rpartition(".")
-        kind = type(case.model.module.get_submodule(layer)).__name__
+    with _attributes_kept(case.model.module):
+        replaced = case.model.replaced(state | leaves, *args, **kwargs)
+    for name in replaced:
+        layer, _, own = name.rpartition(".")
+        if name in case.leaves:
+            raise FewShotError(
+                f"{_named(case.model.module, layer)} changes its parameter {own!r} in every forward pass, which would "
+                "leak from task to task; use the changed value in forward and leave the parameter as it is"
+            )
         raise FewShotError(
-            f"layer {layer!r} ({kind}) changes its buffer {buffer!r} in every forward pass, which would leak from "
-            "task to task; call .eval() on that layer, or use one without such a state"
+            f"{_named(case.model.module, layer)} changes its buffer {own!r} in every forward pass, which would leak "
+            "from task to task; call .eval() on that layer, or use one without such a state"
         )
+    if not all(_same(before, after) for before, after in zip(data, given, strict=True)):
+        raise FewShotError(
+            f"{_named(case.model.module, '')} changes its input in place, which every inner step would do again; "
+            "use a copy of it, x.clone()"
+        )
+
+
+def _tells(case: Case) -> bool:
+    """Whether there are outputs, and none of them is NaN."""
+    with _attributes_kept(case.model.module):
+        outputs = [value for value in pytree.tree_leaves(case.output(*case.of_task(0))) if isinstance(value, Tensor)]
+    return not outputs or all(value.numel() > 0 and not value.isnan().any() for value in outputs)
+
+
+def _require_repeatable(case: Case) -> None:
+    """Raises where two forward passes differ: on numbers drawn elsewhere, or on what an earlier one left behind."""
+    leaves, data = case.of_task(0)
+
+    def outputs(at: Params) -> list[Any]:
+        torch.manual_seed(0)
+        copies = [value.clone() if isinstance(value, Tensor) else value for value in data]
+        return pytree.tree_leaves(case.output(at, copies))
+
+    found = []
+    for _ in range(2):
+        with _attributes_kept(case.model.module):
+            found.append(outputs(leaves))
+    name = _named(case.model.module, "")
+    if not all(map(_same, *found)):
+        raise FewShotError(
+            f"{name} draws numbers that torch.manual_seed does not control, which cannot be checked; use PyTorch's "
+            "default generator, or pass check=False"
+        )
+    with _attributes_kept(case.model.module):
+        outputs({name: 1.1 * value for name, value in leaves.items()})
+        if not all(map(_same, outputs(leaves), found[0])):
+            raise FewShotError(
+                f"{name} depends on what an earlier forward pass left in an attribute, which would leak from task to "
+                "task; use no such state, or pass check=False"
+            )
+
+
+def _require_reached(case: Case) -> None:
+    """Raises where no output has a gradient, and for a parameter that is taken from elsewhere than its place."""
+    leaves, data = case.of_task(0)
+    own = {id(value): name for name, value in case.model.parameters().items()}
+    with torch.enable_grad():
+        outputs = pytree.tree_leaves(case.output(leaves, data))
+    if not any(isinstance(value, Tensor) and value.is_floating_point() for value in outputs):
+        raise FewShotError(
+            f"{_named(case.model.module, '')} returned no tensor of floating point ({type(outputs[0]).__name__}); use "
+            "a tensor, or tensors in tuples, lists and dictionaries; or pass check=False"
+        )
+    graph = _graph([value.grad_fn for value in outputs if isinstance(value, Tensor)])
+    for node in (node for level in graph for node in level):
+        if name := own.get(id(getattr(node, "variable", None))):
+            layer, _, parameter = name.rpartition(".")
+            raise FewShotError(
+                f"{_named(case.model.module, layer)} has a parameter {parameter!r} that forward takes from somewhere "
+                "else, such as a list, where adaptation does not reach it; use the attribute itself"
+            )
+
+
+def _named(module: nn.Module, layer: str) -> str:
+    kind = type(module.get_submodule(layer)).__name__
+    return f"layer {layer!r} ({kind})" if layer else f"{kind}.forward itself"
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two outputs are the same but for the order in which a device adds."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 def own_function(model: FunctionalModel, call: Call) -> str:
