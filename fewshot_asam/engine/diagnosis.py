@@ -13,10 +13,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from fewshot_asam import fused
+from fewshot_asam.engine import requirements
 from fewshot_asam.engine.functional import FunctionalModel, exclusive
 from fewshot_asam.engine.trial import IMAGES, Case, Mode, Order, Outcome, tried, undisturbed
-from fewshot_asam.errors import FewShotError
-from fewshot_asam.perturb import Params
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a module for one task."""
@@ -45,15 +44,15 @@ def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, orde
 
     Raises `FewShotError` where a forward pass changes the model's buffers, which would leak from task to task.
     """
-    with exclusive, _attributes_kept(model.module):
+    with exclusive, requirements.attributes_kept(model.module):
         images, tasks = _first_images(call), 2 if mode == "vmap" else 1
         case = _runnable(model, images, tasks, adapted)
         with undisturbed(next(iter(case.leaves.values()))):
-            _require_stateless(case)
-            if not _tells(case):
+            requirements.require_stateless(case)
+            if not requirements.tells(case):
                 return None
-            _require_repeatable(case)
-            _require_reached(case)
+            requirements.require_repeatable(case)
+            requirements.require_reached(case)
         outcome, own = _outcome(case, mode, order)
         if outcome.verdict == "right":
             return ""
@@ -80,7 +79,7 @@ def _runnable(model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str
     """The case in double precision; as it is where a model runs in its own precision alone."""
     for precise in (_double, torch.clone):
         case = _case(model, call, tasks, adapted, precise=precise)
-        with undisturbed(next(iter(case.leaves.values()))), _attributes_kept(model.module):
+        with undisturbed(next(iter(case.leaves.values()))), requirements.attributes_kept(model.module):
             try:
                 case.output(*case.of_task(0))
                 return case
@@ -90,22 +89,8 @@ def _runnable(model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str
     raise AssertionError
 
 
-@contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards the layers' plain attributes are as before, whatever their forward passes left there."""
-    layers = [layer for layer in module.modules() if not isinstance(layer, torch.jit.ScriptModule)]
-    before = [dict(layer.__dict__) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, attributes in zip(layers, before, strict=True):
-            for name in set(layer.__dict__) - set(attributes):
-                del layer.__dict__[name]
-            layer.__dict__.update(attributes)
-
-
 def _in_words(layer: str, kind: nn.Module, mode: Mode, outcome: Outcome, first_order: bool) -> str:
-    named = f"layer {layer!r} ({type(kind).__name__})" if layer else _named(kind, "")
+    named = f"layer {layer!r} ({type(kind).__name__})" if layer else requirements.named(kind, "")
     if outcome.verdict == "unknown":
         return f"the derivatives of {named} cannot be checked, as {outcome.reason}; {UNKNOWN}"
     cure = CURES[mode][outcome.verdict] + (", or first_order=True" if first_order and mode == "loop" else "")
@@ -212,100 +197,6 @@ def _first_images(call: Call) -> Call:
     return pytree.tree_map(lambda value: value[:IMAGES] if isinstance(value, Tensor) else value, call)  # type: ignore[no-any-return]
 
 
-def _require_stateless(case: Case) -> None:
-    """Raises for a buffer, a parameter or an image that a forward pass changes."""
-    leaves, data = case.of_task(0)
-    given = [value.clone() if isinstance(value, Tensor) else value for value in data]
-    args, kwargs = case.arguments(leaves, given)
-    state = {name: value.clone() for name, value in case.fixed.items()}
-    with _attributes_kept(case.model.module):
-        replaced = case.model.replaced(state | leaves, *args, **kwargs)
-    for name in replaced:
-        layer, _, own = name.rpartition(".")
-        if name in case.leaves:
-            raise FewShotError(
-                f"{_named(case.model.module, layer)} changes its parameter {own!r} in every forward pass, which would "
-                "leak from task to task; use the changed value in forward and leave the parameter as it is"
-            )
-        raise FewShotError(
-            f"{_named(case.model.module, layer)} changes its buffer {own!r} in every forward pass, which would leak "
-            "from task to task; call .eval() on that layer, or use one without such a state"
-        )
-    if not all(_same(before, after) for before, after in zip(data, given, strict=True)):
-        raise FewShotError(
-            f"{_named(case.model.module, '')} changes its input in place, which every inner step would do again; "
-            "use a copy of it, x.clone()"
-        )
-
-
-def _tells(case: Case) -> bool:
-    """Whether there are outputs, and none of them is NaN."""
-    with _attributes_kept(case.model.module):
-        outputs = [value for value in pytree.tree_leaves(case.output(*case.of_task(0))) if isinstance(value, Tensor)]
-    return not outputs or all(value.numel() > 0 and not value.isnan().any() for value in outputs)
-
-
-def _require_repeatable(case: Case) -> None:
-    """Raises where two forward passes differ: on numbers drawn elsewhere, or on what an earlier one left behind."""
-    leaves, data = case.of_task(0)
-
-    def outputs(at: Params) -> list[Any]:
-        torch.manual_seed(0)
-        copies = [value.clone() if isinstance(value, Tensor) else value for value in data]
-        return pytree.tree_leaves(case.output(at, copies))
-
-    found = []
-    for _ in range(2):
-        with _attributes_kept(case.model.module):
-            found.append(outputs(leaves))
-    name = _named(case.model.module, "")
-    if not all(map(_same, *found)):
-        raise FewShotError(
-            f"{name} draws numbers that torch.manual_seed does not control, which cannot be checked; use PyTorch's "
-            "default generator, or pass check=False"
-        )
-    with _attributes_kept(case.model.module):
-        outputs({name: 1.1 * value for name, value in leaves.items()})
-        if not all(map(_same, outputs(leaves), found[0])):
-            raise FewShotError(
-                f"{name} depends on what an earlier forward pass left in an attribute, which would leak from task to "
-                "task; use no such state, or pass check=False"
-            )
-
-
-def _require_reached(case: Case) -> None:
-    """Raises where no output has a gradient, and for a parameter that is taken from elsewhere than its place."""
-    leaves, data = case.of_task(0)
-    own = {id(value): name for name, value in case.model.parameters().items()}
-    with torch.enable_grad():
-        outputs = pytree.tree_leaves(case.output(leaves, data))
-    if not any(isinstance(value, Tensor) and value.is_floating_point() for value in outputs):
-        raise FewShotError(
-            f"{_named(case.model.module, '')} returned no tensor of floating point ({type(outputs[0]).__name__}); use "
-            "a tensor, or tensors in tuples, lists and dictionaries; or pass check=False"
-        )
-    graph = _graph([value.grad_fn for value in outputs if isinstance(value, Tensor)])
-    for node in (node for level in graph for node in level):
-        if name := own.get(id(getattr(node, "variable", None))):
-            layer, _, parameter = name.rpartition(".")
-            raise FewShotError(
-                f"{_named(case.model.module, layer)} has a parameter {parameter!r} that forward takes from somewhere "
-                "else, such as a list, where adaptation does not reach it; use the attribute itself"
-            )
-
-
-def _named(module: nn.Module, layer: str) -> str:
-    kind = type(module.get_submodule(layer)).__name__
-    return f"layer {layer!r} ({kind})" if layer else f"{kind}.forward itself"
-
-
-def _same(one: object, other: object) -> bool:
-    """Whether two outputs are the same but for the order in which a device adds."""
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return True
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-6, atol=1e-9, equal_nan=True)
-
-
 def own_function(model: FunctionalModel, call: Call) -> str:
     """What to do where the model calls an `autograd.Function` of somebody's own and is to be compiled; else nothing.
 
@@ -316,7 +207,7 @@ def own_function(model: FunctionalModel, call: Call) -> str:
         with undisturbed(torch.empty(0)), fused.disabled(), torch.enable_grad():
             leaves, data = case.of_task(0)
             outputs = pytree.tree_leaves(case.output({n: v.requires_grad_() for n, v in leaves.items()}, data))
-        graph = _graph([value.grad_fn for value in outputs if isinstance(value, Tensor)])
+        graph = requirements.graph_of([value.grad_fn for value in outputs if isinstance(value, Tensor)])
         if any(isinstance(node, BackwardCFunction) for level in graph for node in level):
             named = f"layer {name!r} ({type(layer).__name__})" if name else f"{type(layer).__name__}.forward itself"
             return f"{named} calls an autograd.Function, which torch.compile differentiates wrongly; use compiled=False"
@@ -331,17 +222,8 @@ def logits_from(model: FunctionalModel, call: Call) -> set[str]:
         outputs = pytree.tree_leaves(case.output(leaves, case.of_task(0)[1]))
         output = next(value for value in outputs if isinstance(value, Tensor))
     names = {id(value): name for name, value in leaves.items()}
-    for level in _graph([output.grad_fn]):
+    for level in requirements.graph_of([output.grad_fn]):
         if found := {names[id(node.variable)] for node in level if id(getattr(node, "variable", None)) in names}:
             owners = {name.rpartition(".")[0] for name in found}
             return {name for name in leaves if name.rpartition(".")[0] in owners}
     return set()
-
-
-def _graph(level: list[Any]) -> Iterator[list[Any]]:
-    """The nodes of an autograd graph, from its results on, by their distance."""
-    seen: set[Any] = set()
-    while level := [node for node in dict.fromkeys(level) if node is not None and node not in seen]:
-        yield level
-        seen.update(level)
-        level = [after for node in level for after, _ in node.next_functions]
