@@ -117,7 +117,13 @@ def step(
         point = perturb.add(params, perturbation)
     with _graph(not rule.first_order):
         grad = gradient(train_loss, point)
-    return {name: value - lr * grad[name] for name, value in params.items()}, memory
+    return descended(params, grad, lr), memory
+
+
+def descended(params: Params, grad: Params, lr: float | Tensor) -> Params:
+    """`params - lr * grad`, each tensor of the shape and precision that it had."""
+    rate = lr.reshape(()) if isinstance(lr, Tensor) else lr
+    return {name: value - (rate * grad[name]).to(value.dtype) for name, value in params.items()}
 
 
 def perturbed(

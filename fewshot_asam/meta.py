@@ -25,7 +25,7 @@ from fewshot_asam.engine.trials import Trials
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.inner import Loss, Rule
-from fewshot_asam.models import Adapt, adapted_names, require_stateless, takes_support
+from fewshot_asam.models import Adapt, adapted_names, require_replaceable, require_stateless, takes_support
 from fewshot_asam.perturb import Params
 from fewshot_asam.validation import Validation
 
@@ -120,8 +120,7 @@ class Task:
             allow_unused=True,
             materialize_grads=True,
         )
-        stepped = zip(self.params.items(), grads, strict=True)
-        return {name: value - self._lower.lr * grad for (name, value), grad in stepped}
+        return inner.descended(self.params, dict(zip(self.params, grads, strict=True)), self._lower.lr)
 
 
 _SWITCHES = {field.name for field in fields(Rule)} - {"name"}
@@ -148,7 +147,7 @@ class MetaLearner(nn.Module):
     - `compiled`: whether the inner gradient and the query loss are compiled by `torch.compile` for training.
     - `recompute`: whether the backward pass runs each inner step anew, so that memory does not grow with the steps.
     - `check`: whether a model that is not of this package is tried on its first images, in double precision: its
-      gradient and second derivative against finite differences (about ten passes of four images, once).
+      gradient and second derivative against finite differences (about twenty passes of four images, once).
 
     All of them are attributes that may be set later. Several threads may use one learner.
 
@@ -282,14 +281,22 @@ class MetaLearner(nn.Module):
                 return self._run(function, tasks.copied(), steps)
         try:
             return function(self.lower, tasks, steps, self.way(tasks))
-        except (IndexError, RuntimeError):
-            self._require_labels(tasks)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            self._require_logits(tasks)
             raise
 
-    def _require_labels(self, tasks: Batch) -> None:
-        """Raises `FewShotError` for labels that the model has no logits for."""
+    def _require_logits(self, tasks: Batch) -> None:
+        """Raises `FewShotError` for what are not logits, and for labels that the model has none for."""
+        images = tasks.query[0][0]
         with torch.no_grad():
-            ways = self(tasks.query[0][0]).shape[-1]
+            logits = self(images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            found = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise FewShotError(
+                f"{type(self.model).__name__}.forward returned {found} for {len(images)} images; expected logits "
+                f"[{len(images)}, ways]; use clone() and adapt() for any other output, with a loss of your own"
+            )
+        ways = logits.shape[-1]
         largest = max(int(labels.max()) for labels in (*tasks.inner[1::2], tasks.query[1]))
         if largest >= ways:
             raise FewShotError(f"labels go up to {largest}, but the model has {ways} logits; expected 0 to {ways - 1}")
@@ -320,6 +327,7 @@ def _lower_level(
     zero_head: bool | Sequence[str],
 ) -> LowerLevel:
     """The settings, checked."""
+    require_replaceable(model)
     require_stateless(model)
     require_one_of("validation", validation, get_args(Validation))
     require_one_of("norm", norm, get_args(Norm))
@@ -402,6 +410,8 @@ def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _checked(steps: int) -> int:
+    if not isinstance(steps, int):
+        raise FewShotError(f"{steps!r} inner steps were asked for; expected a whole number")
     if steps < 0:
         raise FewShotError(f"{steps} inner steps were asked for; expected at least 0")
     return steps

@@ -249,6 +249,23 @@ def fuses(model: nn.Module) -> bool:
     return any(isinstance(layer, ConvBlock) for layer in model.modules()) and fused.available()
 
 
+def require_replaceable(model: nn.Module) -> None:
+    """Raises `FewShotError` for a model whose parameters cannot be put in by the inner loop."""
+    kind = type(model).__name__
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise FewShotError(f"{kind} keeps its layers for itself; use the module in it: model.module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FewShotError(f"{kind} is a TorchScript program, whose parameters stay; use the module as it is in Python")
+    for name, value in model.named_parameters():
+        if isinstance(value, nn.parameter.UninitializedParameter):
+            raise FewShotError(f"parameter {name!r} has no shape yet; call the model on some images once, then pass it")
+        if value.requires_grad and value.is_complex():
+            raise FewShotError(
+                f"parameter {name!r} is complex, for which the rules' norms are not made; use a real one with a last "
+                "dimension of two, and torch.view_as_complex in forward"
+            )
+
+
 def require_stateless(model: nn.Module) -> None:
     """Raises `FewShotError` naming a layer that moves its running statistics, which every inner step would do.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 from peers import import_learn2learn
 
@@ -324,6 +327,80 @@ class DataDependent(nn.Module):
         return self.net(x) if x.sum().item() > -1e9 else -self.net(x)
 
 
+class Checkpointed(nn.Module):
+    """Runs a part again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(conv(1, 4), nn.Tanh(), conv(4))
+        self.head = head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.part, x, use_reentrant=False).mean((2, 3)))
+
+
+class Linear(nn.Module):
+    """Two layers, of which the first is called by `call`, as a function of itself and the images."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call, self.layer, self.head = call, nn.Linear(SIDE * SIDE, 4), head(4)
+        self.kept: Any = None
+        self.listed = [self.layer.weight, self.layer.bias]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.call(self, x.flatten(1))))
+
+
+def keeps_its_features(net: Any, x: Tensor) -> Tensor:
+    net.kept = net.layer(x)
+    return net.kept
+
+
+def keeps_its_weight(net: Any, x: Tensor) -> Tensor:
+    net.kept = torch.tanh(net.layer.weight) if net.kept is None else net.kept
+    return x @ net.kept.T
+
+
+def keeps_a_running_mean(net: Any, x: Tensor) -> Tensor:
+    features = net.layer(x)
+    net.kept = 0.9 * (0 if net.kept is None else net.kept) + 0.1 * features.detach().mean()
+    return features - net.kept
+
+
+def draws_elsewhere(net: Any, x: Tensor) -> Tensor:
+    return net.layer(x) + random.random()
+
+
+class Localised(nn.Module):
+    """A spatial transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where, self.net = nn.Linear(SIDE * SIDE, 6), Net(conv())
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.eye(2, 3, dtype=x.dtype) + 0.1 * self.where(x.flatten(1)).view(-1, 2, 3)
+        return self.net(F.grid_sample(x, F.affine_grid(places, x.shape, align_corners=False), align_corners=False))
+
+
+class Tokens(nn.Module):
+    """Pixels as numbers of an embedding."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(8, 4, **options), head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding((7 * x.flatten(1)).long()).mean(1)))
+
+
+def scripted(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(layer)
+
+
 def of_learn2learn(make: Callable[[Any], nn.Module]) -> Callable[[], nn.Module]:
     def made() -> nn.Module:
         from fewshot_asam.models import drop_running_statistics
@@ -402,4 +479,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "buffer of one's own": lambda: Net(conv(), Counts()),
     "single precision inside": lambda: Net(SinglePrecision()),
     "branches by value": DataDependent,
+    "checkpoint": Checkpointed,
+    "features kept in an attribute": lambda: Linear(keeps_its_features),
+    "weights kept in an attribute": lambda: Linear(keeps_its_weight),
+    "running mean in an attribute": lambda: Linear(keeps_a_running_mean),
+    "parameters in a list": lambda: Linear(lambda net, x: F.linear(x, *net.listed)),
+    "input changed in place": lambda: Linear(lambda net, x: net.layer(x.sub_(0.5))),
+    "noise of Python's own": lambda: Linear(draws_elsewhere),
+    "Gumbel-softmax": lambda: Linear(lambda net, x: F.gumbel_softmax(net.layer(x))),
+    "Gumbel-softmax, hard": lambda: Linear(lambda net, x: F.gumbel_softmax(net.layer(x), hard=True)),
+    "no_grad inside": lambda: Linear(lambda net, x: net.layer(x) * net.layer(x).detach()),
+    "spatial transformer": Localised,
+    "embedding": Tokens,
+    "embedding with max_norm": lambda: Tokens(max_norm=0.1),
+    "sparse embedding": lambda: Tokens(sparse=True),
+    "TorchScript layer": lambda: Net(conv(), scripted(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Tanh()))),
+    "DataParallel": lambda: nn.DataParallel(Net(conv())),
 }

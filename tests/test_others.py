@@ -20,7 +20,7 @@ from conftest import make_images
 from fewshot_asam import MAML, FewShotError, MetaAgnosticSAM
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.evaluate import evaluate
-from others import MODELS, conv, head
+from others import MODELS, SIDE, Net, conv, head, scripted
 from peers import import_learn2learn
 from problems import SHAPE, deviation, episodes, meta_gradient
 
@@ -31,7 +31,9 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"engine": "loop", "compiled": True},
     "recompute": {"engine": "loop", "recompute": True},
 }
-ONE_LINE = re.compile(r"[^\n]*(layer '\S+' \(\w+\)|\w+\.forward itself)[^\n]*; (to use|use|call|write|if)[^\n]*")
+ONE_LINE = re.compile(
+    r"[^\n]*(layer '\S+' \(\w+\)|\w+\.forward itself|DataParallel)[^\n]*; (to use|use|call|write|if)[^\n]*"
+)
 """A layer or the model by name, then what to do."""
 
 
@@ -155,6 +157,148 @@ def test_a_model_with_a_head_of_zeros_is_checked_below_it() -> None:
     learner = MAML(model, 0.1, engine="loop")
     with pytest.raises(FewShotError, match="_WeightNorm"):
         learner.meta_loss(episodes(), 1)
+
+
+@pytest.mark.parametrize("options", [{"first_order": True}, {}])
+def test_checkpoint_is_refused_without_second_derivatives_too(options: dict[str, Any]) -> None:
+    """It would take the model's own values from the second inner step on."""
+    learner = MAML(made("checkpoint"), 0.1, engine="loop", **options)
+    with torch.set_grad_enabled(bool(options)), pytest.raises(FewShotError, match="use recompute=True"):
+        learner.meta_loss(episodes(), 2)
+
+
+def test_kinks_where_a_model_stands_are_not_taken_for_wrong_derivatives() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 4), nn.ReLU(), head(4)).double()
+    nn.init.zeros_(model[1].bias)
+    batch = episodes()
+    black = Episodes(torch.zeros_like(batch.support_x), batch.support_y, batch.query_x, batch.query_y)
+    assert MAML(model, 0.1).meta_loss(black, 1).loss.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["vmap", "compiled"])
+@pytest.mark.parametrize("name", ["weight norm", "Gumbel-softmax, hard", "autograd function with a detached gradient"])
+def test_what_is_wrong_in_every_mode_is_not_sent_to_another(name: str, mode: str) -> None:
+    with pytest.raises(FewShotError, match="by PyTorch is wrong"):
+        MAML(made(name), 0.1, **MODES[mode]).meta_loss(episodes(), 1)
+
+
+def test_first_order_is_the_cure_only_where_it_helps() -> None:
+    for name, helps in (("sparse embedding", False), ("weight norm", True)):
+        with pytest.raises(FewShotError) as raised:
+            MAML(made(name), 0.1, engine="loop").meta_loss(episodes(), 1)
+        assert ("first_order=True" in str(raised.value)) == helps
+
+
+def test_a_model_of_two_precisions_is_tried_as_it_is() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(SIDE * SIDE, 4), head(4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.body(x.float().flatten(1))).double())
+
+    assert MAML(Two(), 0.1, engine="loop").meta_loss(episodes(), 1).loss.requires_grad
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("name", ["weights kept in an attribute", "running mean in an attribute"])
+def test_a_trial_leaves_no_trace_in_attributes(name: str, engine: Any) -> None:
+    model = made(name)
+    with pytest.raises(FewShotError, match="what an earlier forward pass left in an attribute"):
+        MAML(model, 0.1, engine=engine).meta_loss(episodes(), 1)
+    assert model.kept is None
+
+
+def test_an_error_of_the_models_own_is_its_own() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        MAML(nn.Sequential(nn.Flatten(), nn.Linear(7, 3)).double(), 0.1).meta_loss(episodes(), 1)
+
+
+def test_images_that_tell_nothing_are_not_held_against_a_model() -> None:
+    learner, batch = MAML(made("tied weights"), 0.1), episodes()
+    assert learner.clone()(batch.support_x[0][:0]).shape == (0, 3)
+    bad = Episodes(batch.support_x * float("nan"), batch.support_y, batch.query_x, batch.query_y)
+    assert learner.meta_loss(bad, 1).loss.isnan()
+    assert learner.meta_loss(batch, 1).loss.isfinite()
+    learner = MAML(made("weight norm"), 0.1, engine="loop")
+    learner.clone()(batch.support_x[0][:0])
+    with pytest.raises(FewShotError, match="is wrong"):
+        learner.meta_loss(batch, 1)
+
+
+class Returns(nn.Module):
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.net, self.output = Net(conv()), output
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.net(x))
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda y: (y, y), r"returned a tuple for 6 images; expected logits \[6, ways\]"),
+        (lambda y: {"logits": y}, "returned a dict"),
+        (lambda y: y[:, 0], r"returned a tensor \[6\]"),
+        (lambda y: y[0], r"returned a tensor \[3\]"),
+        (lambda y: y[:, :, None], r"returned a tensor \[6, 3, 1\]"),
+        (lambda y: y[:-1], r"returned a tensor \[5, 3\]"),
+        (lambda y: y.argmax(1), "returned no tensor of floating point"),
+        (lambda _: None, "returned no tensor of floating point"),
+    ],
+)
+def test_what_is_no_logits_is_refused(output: Any, message: str, engine: Any) -> None:
+    with pytest.raises(FewShotError, match=message):
+        MAML(Returns(output).double(), 0.1, engine=engine).meta_loss(episodes(), 1)
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.DataParallel(Net(conv())), "use the module in it: model.module"),
+        (lambda: scripted(nn.Linear(3, 3)), "use the module as it is in Python"),
+        (lambda: nn.LazyLinear(3), "'weight' has no shape yet; call the model on some images"),
+        (lambda: nn.Linear(3, 3).to(torch.complex64), "'weight' is complex"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_take_no_other_values_are_refused(make: Any, message: str, check: bool) -> None:
+    with pytest.raises(FewShotError, match=message):
+        MAML(make(), 0.1, check=check)
+
+
+def test_recompute_runs_under_the_autocast_of_the_forward_pass() -> None:
+    found = []
+    for within in (False, True):
+        learner, batch = MAML(made("tied weights").float(), 0.1, engine="loop", recompute=True), episodes()
+        single = Episodes(batch.support_x.float(), batch.support_y, batch.query_x.float(), batch.query_y)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = learner.meta_loss(single, 2).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            grads = torch.autograd.grad(loss, list(learner.parameters()))
+        found.append(torch.cat([grad.flatten() for grad in grads]))
+    assert torch.equal(*found)
+
+
+def test_a_rate_of_another_shape_or_precision_leaves_the_parameters_theirs() -> None:
+    model = made("cosine classifier").float()
+    rate = nn.Parameter(torch.tensor([0.1], dtype=torch.float64))
+    x, y = episodes().support_x[0].float(), episodes().support_y[0]
+    for loss in (lambda net: F.cross_entropy(net(x), y), None):
+        task = MAML(model, rate, engine="loop").clone()
+        task.adapt(F.cross_entropy(task(x), y) if loss is None else loss)
+        found = {name: (value.shape, value.dtype) for name, value in task.params.items()}
+        assert found == {name: (value.shape, value.dtype) for name, value in model.named_parameters()}
+
+
+def test_steps_that_are_no_number_are_refused() -> None:
+    with pytest.raises(FewShotError, match=r"2\.0 inner steps were asked for; expected a whole number"):
+        MAML(made("tied weights"), 0.1).meta_loss(episodes(), 2.0)
 
 
 def test_ones_own_loop_is_checked_too() -> None:

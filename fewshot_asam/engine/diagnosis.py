@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,28 +13,21 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from fewshot_asam import fused
-from fewshot_asam.engine.functional import FunctionalModel
-from fewshot_asam.engine.trial import (
-    IMAGES,
-    Case,
-    Mode,
-    Order,
-    Outcome,
-    first_line,
-    sized_noise,
-    tried,
-    undisturbed,
-)
-from fewshot_asam.errors import FewShotError
+from fewshot_asam.engine import requirements
+from fewshot_asam.engine.functional import FunctionalModel, exclusive
+from fewshot_asam.engine.trial import IMAGES, Case, Mode, Order, Outcome, tried, undisturbed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a module for one task."""
 
+BESIDE = 0.2
+"""How far from its own values a model is tried too, relative, at most."""
 CURES = {
     "loop": {
-        "wrong gradient": "if that is meant so, as with a detached or straight-through gradient, pass check=False",
-        "wrong second derivative": "write it in basic operations, use first_order=True, or pass check=False",
-        "fails": "use a layer with a second derivative, or first_order=True",
+        "wrong gradient": "if that is meant so, as with a detached or straight-through gradient, pass check=False; use "
+        "recompute=True in place of torch.utils.checkpoint",
+        "wrong second derivative": "write it in basic operations, or pass check=False",
+        "fails": "write it in basic operations that have dense derivatives (sparse=False)",
     },
     "functional": dict.fromkeys(("wrong gradient", "wrong second derivative", "fails"), "use compiled=False"),
     "vmap": dict.fromkeys(("wrong gradient", "wrong second derivative", "fails"), "use engine='loop'"),
@@ -42,35 +36,66 @@ UNKNOWN = "if you know that PyTorch differentiates it rightly, twice, pass check
 WORDS = {"loop": "PyTorch", "functional": "torch.func.grad", "vmap": "vmap"}
 
 
-def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, order: Order, call: Call) -> str:
-    """What is wrong with a model in one mode, for the user; nothing where it is right.
+def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, order: Order, call: Call) -> str | None:
+    """What is wrong with a model in one mode, for the user; nothing where it is right, None where nobody can tell.
 
-    Tries `model` on the first images of a call, in double precision, and names the layer where that goes wrong.
+    Tries `model` on the first images of a call, in double precision, and names the layer where that goes wrong. Without
+    images, and where the model gives NaN for them, nothing is learned of it.
 
     Raises `FewShotError` where a forward pass changes the model's buffers, which would leak from task to task.
     """
-    name = type(model.module).__name__
-    images, tasks = _first_images(call), 2 if mode == "vmap" else 1
-    try:
-        case = _case(model, images, tasks, adapted)
+    with exclusive, requirements.attributes_kept(model.module):
+        images, tasks = _first_images(call), 2 if mode == "vmap" else 1
+        case = _runnable(model, images, tasks, adapted)
         with undisturbed(next(iter(case.leaves.values()))):
-            _require_stateless(case)
-    except FewShotError:
-        raise
-    except Exception as error:  # of anyone's model
-        return f"{name} cannot be run in double precision to be checked ({first_line(error)}); {UNKNOWN}"
-    outcome = tried(case, mode, order)
-    if outcome.verdict == "right":
-        return ""
-    layer, kind, outcome = _culprit(model.module, images, tasks, mode, order) or ("", model.module, outcome)
-    return _in_words(layer, kind, mode, outcome)
+            requirements.require_stateless(case)
+            if not requirements.tells(case):
+                return None
+            requirements.require_repeatable(case)
+            requirements.require_reached(case)
+        outcome, own = _outcome(case, mode, order)
+        if outcome.verdict == "right":
+            return ""
+        if mode != "loop" and (problem := diagnosed(model, adapted, "loop", order, call)):
+            return problem  # no other mode would cure it
+        layer, kind, outcome = _culprit(model.module, images, tasks, mode, order, own) or ("", model.module, outcome)
+        first_order = order == 2 and tried(case, mode, 1).verdict == "right"
+        return _in_words(layer, kind, mode, outcome, first_order)
 
 
-def _in_words(layer: str, kind: nn.Module, mode: Mode, outcome: Outcome) -> str:
-    named = f"layer {layer!r} ({type(kind).__name__})" if layer else f"{type(kind).__name__}.forward itself"
+def _outcome(case: Case, mode: Mode, order: Order) -> tuple[Outcome, bool]:
+    """What is found at the model's own values and beside them, and whether it was found at its own.
+
+    Beside them there is no kink that a bias of zero may stand on, and no head of zeros that hides the layers below it;
+    and a backward pass shows that takes the model's own values in place of those it was given.
+    """
+    own = tried(case, mode, order)
+    if own.verdict in ("fails", "unknown"):
+        return own, True
+    return tried(_moved(case), mode, order), False
+
+
+def _runnable(model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str, ...]) -> Case:
+    """The case in double precision; as it is where a model runs in its own precision alone."""
+    for precise in (_double, torch.clone):
+        case = _case(model, call, tasks, adapted, precise=precise)
+        with undisturbed(next(iter(case.leaves.values()))), requirements.attributes_kept(model.module):
+            try:
+                case.output(*case.of_task(0))
+                return case
+            except Exception:  # of anyone's model
+                if precise is torch.clone:
+                    raise
+    raise AssertionError
+
+
+def _in_words(layer: str, kind: nn.Module, mode: Mode, outcome: Outcome, first_order: bool) -> str:
+    named = f"layer {layer!r} ({type(kind).__name__})" if layer else requirements.named(kind, "")
     if outcome.verdict == "unknown":
         return f"the derivatives of {named} cannot be checked, as {outcome.reason}; {UNKNOWN}"
-    cure = CURES[mode][outcome.verdict]
+    cure = CURES[mode][outcome.verdict] + (", or first_order=True" if first_order and mode == "loop" else "")
+    if isinstance(kind, torch._dynamo.OptimizedModule):
+        cure = "pass the module as it is before torch.compile; compiled=True compiles its gradient"
     if mode == "vmap" and isinstance(kind, nn.BatchNorm2d):
         cure += ", or fewshot_asam.models.TaskNorm in its place"
     if outcome.verdict == "fails":
@@ -81,7 +106,7 @@ def _in_words(layer: str, kind: nn.Module, mode: Mode, outcome: Outcome) -> str:
 
 
 def _culprit(
-    model: nn.Module, call: Call, tasks: int, mode: Mode, order: Order
+    model: nn.Module, call: Call, tasks: int, mode: Mode, order: Order, own: bool
 ) -> tuple[str, nn.Module, Outcome] | None:
     """The innermost layer that goes wrong by itself, on the inputs that it has in the model."""
     for name, layer, inputs in _calls(model, call):
@@ -90,7 +115,7 @@ def _culprit(
             case = _case(function, inputs, tasks, tuple(dict(layer.named_parameters())), differentiate_inputs=True)
         except Exception:  # a layer that cannot be called by itself
             continue
-        outcome = tried(case, mode, order) if case.leaves else Outcome("right")
+        outcome = tried(case if own else _moved(case), mode, order) if case.leaves else Outcome("right")
         if outcome.verdict != "right":
             return name, layer, outcome
     return None
@@ -113,7 +138,8 @@ def _calls(model: nn.Module, call: Call) -> list[tuple[str, nn.Module, Call]]:
 
 @contextmanager
 def _hooked(model: nn.Module, note: Any) -> Iterator[None]:
-    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in model.named_modules()]
+    layers = [(n, m) for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]  # takes no hooks
+    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in layers]
     try:
         yield
     finally:
@@ -122,30 +148,48 @@ def _hooked(model: nn.Module, note: Any) -> Iterator[None]:
 
 
 def _case(
-    model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str, ...], differentiate_inputs: bool = False
+    model: FunctionalModel,
+    call: Call,
+    tasks: int,
+    adapted: tuple[str, ...],
+    differentiate_inputs: bool = False,
+    precise: Callable[[Tensor], Tensor] | None = None,
 ) -> Case:
-    """A case in double precision, somewhat off the stored weights: at a head of zeros, nothing else has a gradient."""
+    """A case in double precision; a second task has slightly other parameters."""
+    precise = precise or _double
     data, structure = pytree.tree_flatten(call)
-    data = [_double(value) if isinstance(value, Tensor) else value for value in data]
+    data = [precise(value.detach()) if isinstance(value, Tensor) else value for value in data]
     named = model.parameters()
-    leaves = {name: _double(value) for name, value in named.items() if value.requires_grad}
+    leaves = {name: precise(value.detach()) for name, value in named.items() if value.requires_grad}
     rest = {name: value for name, value in named.items() if not value.requires_grad}
-    fixed = {name: _double(value) for name, value in (rest | dict(model.module.named_buffers())).items()}
+    fixed = {name: precise(value.detach()) for name, value in (rest | dict(model.module.named_buffers())).items()}
     if differentiate_inputs:
         inputs = {str(i): v for i, v in enumerate(data) if isinstance(v, Tensor) and v.is_floating_point()}
         leaves |= inputs
         adapted = tuple(leaves)
-    generator = torch.Generator().manual_seed(1)
     stacked = {
-        name: torch.stack([value + 0.1 * sized_noise(value, generator) for _ in range(tasks)])
-        for name, value in leaves.items()
+        name: torch.stack([value * (1 + 0.01 * task) for task in range(tasks)]) for name, value in leaves.items()
     }
     batched = [torch.stack([value] * tasks) if isinstance(value, Tensor) else value for value in data]
     return Case(model, stacked, adapted, fixed, batched, structure)
 
 
+def _moved(case: Case) -> Case:
+    """The same beside its values, with the same signs; tensors of zeros, which would hide others, are filled."""
+    generator = torch.Generator().manual_seed(1)
+    return replace(case, leaves={name: _beside(value, generator) for name, value in case.leaves.items()})
+
+
+def _beside(value: Tensor, generator: torch.Generator) -> Tensor:
+    by = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value)
+    if not value.any():
+        return by - 0.5
+    by = by * BESIDE
+    return torch.where(value == 0, by, value * (1 - by))
+
+
 def _double(value: Tensor) -> Tensor:
-    return value.detach().double() if value.is_floating_point() else value.detach().clone()
+    return value.double() if value.is_floating_point() else value.clone()
 
 
 def _first_images(call: Call) -> Call:
@@ -154,20 +198,6 @@ def _first_images(call: Call) -> Call:
     if len({len(value) if value.ndim else 0 for value in tensors}) != 1:
         return call
     return pytree.tree_map(lambda value: value[:IMAGES] if isinstance(value, Tensor) else value, call)  # type: ignore[no-any-return]
-
-
-def _require_stateless(case: Case) -> None:
-    """Raises for a buffer that a forward pass changes."""
-    leaves, data = case.of_task(0)
-    args, kwargs = case.arguments(leaves, data)
-    state = {name: value.clone() for name, value in case.fixed.items()}
-    for name in case.model.replaced(state | leaves, *args, **kwargs):
-        layer, _, buffer = name.rpartition(".")
-        kind = type(case.model.module.get_submodule(layer)).__name__
-        raise FewShotError(
-            f"layer {layer!r} ({kind}) changes its buffer {buffer!r} in every forward pass, which would leak from "
-            "task to task; call .eval() on that layer, or use one without such a state"
-        )
 
 
 def own_function(model: FunctionalModel, call: Call) -> str:
@@ -180,7 +210,7 @@ def own_function(model: FunctionalModel, call: Call) -> str:
         with undisturbed(torch.empty(0)), fused.disabled(), torch.enable_grad():
             leaves, data = case.of_task(0)
             outputs = pytree.tree_leaves(case.output({n: v.requires_grad_() for n, v in leaves.items()}, data))
-        graph = _graph([value.grad_fn for value in outputs if isinstance(value, Tensor)])
+        graph = requirements.graph_of([value.grad_fn for value in outputs if isinstance(value, Tensor)])
         if any(isinstance(node, BackwardCFunction) for level in graph for node in level):
             named = f"layer {name!r} ({type(layer).__name__})" if name else f"{type(layer).__name__}.forward itself"
             return f"{named} calls an autograd.Function, which torch.compile differentiates wrongly; use compiled=False"
@@ -195,17 +225,8 @@ def logits_from(model: FunctionalModel, call: Call) -> set[str]:
         outputs = pytree.tree_leaves(case.output(leaves, case.of_task(0)[1]))
         output = next(value for value in outputs if isinstance(value, Tensor))
     names = {id(value): name for name, value in leaves.items()}
-    for level in _graph([output.grad_fn]):
+    for level in requirements.graph_of([output.grad_fn]):
         if found := {names[id(node.variable)] for node in level if id(getattr(node, "variable", None)) in names}:
             owners = {name.rpartition(".")[0] for name in found}
             return {name for name in leaves if name.rpartition(".")[0] in owners}
     return set()
-
-
-def _graph(level: list[Any]) -> Iterator[list[Any]]:
-    """The nodes of an autograd graph, from its results on, by their distance."""
-    seen: set[Any] = set()
-    while level := [node for node in dict.fromkeys(level) if node is not None and node not in seen]:
-        yield level
-        seen.update(level)
-        level = [after for node in level for after, _ in node.next_functions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Recomputed, structure: Any, made: list[Any], *leaves: Any) -> Any:
         ctx.step, ctx.structure = step, structure
+        ctx.autocast = _autocast(next(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)))
         ctx.numbers = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         ctx.save_for_backward(*tensors)
@@ -81,13 +83,19 @@ class _Recomputed(torch.autograd.Function):
             next(saved).detach().requires_grad_(need) if number is None else number
             for number, need in zip(ctx.numbers, needed, strict=True)
         ]
-        with torch.enable_grad(), ctx.again():
+        with torch.enable_grad(), ctx.again(), ctx.autocast():
             values = pytree.tree_leaves(ctx.step.function(*pytree.tree_unflatten(leaves, ctx.structure)))
         pairs = [(value, grad) for value, grad in zip(values, grads, strict=True) if value.requires_grad]
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         outputs, cotangents = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
         return None, None, None, *(next(found) if need else None for need in needed)
+
+
+def _autocast(kind: str) -> Callable[[], torch.autocast]:
+    """Autocast as it is now, for a backward pass that runs outside it."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return partial(torch.autocast, kind, dtype, enabled, torch.is_autocast_cache_enabled())
 
 
 def _recording(step: Recomputed) -> bool:

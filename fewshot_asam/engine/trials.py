@@ -51,7 +51,10 @@ class Trials:
         order: Order = 2 if torch.is_grad_enabled() and not self.lower.rule.first_order else 1
         key = (mode, order, tuple(layer.training for layer in self.lower.model.module.modules()))
         if key not in self._known:
-            self._known[key] = diagnosed(self.lower.model, self.lower.adapted, mode, order, call)
+            problem = diagnosed(self.lower.model, self.lower.adapted, mode, order, call)
+            if problem is None:
+                return ""
+            self._known[key] = problem
         return self._known[key]
 
     def _uncompilable(self, call: Call) -> str:
