@@ -11,118 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fewshot_asam import engine as engines
-from fewshot_asam import inner
+from fewshot_asam.clones import Task, whole_steps
 from fewshot_asam.engine import Batch, EngineName, LowerLevel, MetaOutput, Way
 from fewshot_asam.engine.functional import FunctionalModel, exclusive
 from fewshot_asam.engine.trials import Trials
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError, require_one_of
-from fewshot_asam.inner import Loss, Rule
+from fewshot_asam.inner import Rule
 from fewshot_asam.models import Adapt, adapted_names, require_replaceable, require_stateless, takes_support
-from fewshot_asam.perturb import Params
 from fewshot_asam.validation import Validation
 
 Norm = Literal["transductive", "inductive"]
 Run = Callable[[LowerLevel, Batch, int, Way], MetaOutput]
-
-
-@dataclass(frozen=True)
-class Network:
-    """The model with other values for its adapted parameters: call it as you would call the model."""
-
-    model: FunctionalModel
-    params: Params
-    trials: Trials
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the model returns for these arguments."""
-        self.trials.require(engines.Way("loop"), (args, kwargs))
-        return self.model(self.params, *args, **kwargs)  # type: ignore[no-any-return]
-
-
-Closure = Callable[[Network], Tensor]
-
-
-class Task:
-    """One task's copy of the meta-parameters, made by `MetaLearner.clone`.
-
-    Its adapted parameters are in `params`, by name; what is computed from them can be differentiated back to the
-    model's own parameters.
-    """
-
-    def __init__(self, lower: LowerLevel, params: Params, trials: Trials) -> None:
-        self._lower = lower
-        self._trials = trials
-        self.params = params
-        self._memory: Params = {}
-
-    def __call__(self, *args: Any, support: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """What the adapted model returns for these arguments.
-
-        An inductive learner is called as `task(x, support=images)`: the norm uses the statistics of those images.
-        """
-        if not self._lower.inductive:
-            return self._network(self.params)(*args, **kwargs)
-        if support is None:
-            raise FewShotError("an inductive learner predicts with the support set's statistics; pass support=images")
-        return engines.predict(self._lower.model, self.params, args[0], support)
-
-    def adapt(self, loss: Closure | Tensor, steps: int = 1, *, validation: Closure | None = None) -> Task:
-        """`steps` lower-level steps, in place.
-
-        **Arguments:**
-
-        - `loss`: a closure from a `Network` to the training loss, which the rule calls as often as it needs; MAML also
-          takes a loss that was computed with this task, for one step, as in learn2learn.
-        - `validation`: a closure for `L_v` of Agnostic-SAM; left out, it is a duplicate of `loss`.
-
-        **Returns:** the task itself. Raises `FewShotError` for a loss tensor with a rule that needs a closure.
-        """
-        lower = self._lower
-        if torch.is_inference_mode_enabled():
-            raise FewShotError("adapt was called in inference mode, which takes no gradients; use torch.no_grad()")
-        if isinstance(loss, Tensor):
-            self.params = self._step_down(loss, steps)
-            return self
-        if validation is None and lower.validation != "duplicate" and lower.rule.name == "agnostic_sam":
-            raise FewShotError(f"validation is {lower.validation!r}, but adapt was given no validation= closure")
-        train_loss = self._loss(loss)
-        val_loss = None if validation is None else self._loss(validation)
-        for _ in range(_checked(steps)):
-            self.params, self._memory = inner.step(
-                lower.rule, self.params, self._memory, train_loss, val_loss, lower.lr, inner.autograd_gradient
-            )
-        return self
-
-    def _loss(self, closure: Closure) -> Loss:
-        return lambda params: closure(self._network(params))
-
-    def _network(self, params: Params) -> Network:
-        return Network(self._lower.model, params, self._trials)
-
-    def _step_down(self, loss: Tensor, steps: int) -> Params:
-        if self._lower.rule.name != "maml" or steps != 1:
-            raise FewShotError(
-                f"{self._lower.rule.name} with {steps} steps evaluates the loss more than once and was given a loss "
-                "tensor; pass a closure: task.adapt(lambda net: loss_fn(net(x), y), steps=...)"
-            )
-        grads = torch.autograd.grad(
-            loss,
-            list(self.params.values()),
-            create_graph=not self._lower.rule.first_order,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return inner.descended(self.params, dict(zip(self.params, grads, strict=True)), self._lower.lr)
-
-
 _SWITCHES = {field.name for field in fields(Rule)} - {"name"}
 
 
@@ -267,13 +174,13 @@ class MetaLearner(nn.Module):
 
     def batch_loss(self, tasks: Batch, steps: int) -> MetaOutput:
         """`meta_loss` of the tensors that `batch` gave, or of a part of them."""
-        return self._run(engines.meta_loss, tasks, _checked(steps))
+        return self._run(engines.meta_loss, tasks, whole_steps(steps))
 
     def meta_backward(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
         """`meta_loss(...).loss.backward()` in less memory: task by task where the engine is `loop`."""
         if not torch.is_grad_enabled():
             raise FewShotError("meta_backward was called without gradients, under torch.no_grad(); use meta_loss there")
-        return self._run(engines.meta_backward, self.batch(episodes, generator), _checked(steps))
+        return self._run(engines.meta_backward, self.batch(episodes, generator), whole_steps(steps))
 
     def _run(self, function: Run, tasks: Batch, steps: int) -> MetaOutput:
         if torch.is_inference_mode_enabled():  # the inner steps need gradients, which its tensors cannot have
@@ -327,6 +234,8 @@ def _lower_level(
     zero_head: bool | Sequence[str],
 ) -> LowerLevel:
     """The settings, checked."""
+    if not isinstance(rule, Rule):
+        raise FewShotError(f"the rule is {rule!r}; expected a fewshot_asam.inner.Rule")
     require_replaceable(model)
     require_stateless(model)
     require_one_of("validation", validation, get_args(Validation))
@@ -407,11 +316,3 @@ class MetaAgnosticSAM(MetaLearner):
 
 def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: options.pop(name) for name in names if name in options}
-
-
-def _checked(steps: int) -> int:
-    if not isinstance(steps, int):
-        raise FewShotError(f"{steps!r} inner steps were asked for; expected a whole number")
-    if steps < 0:
-        raise FewShotError(f"{steps} inner steps were asked for; expected at least 0")
-    return steps

@@ -140,6 +140,7 @@ class Refusing(nn.Module):
     [
         (lambda: MAML(smooth_net(), 0.0), "inner learning rate is 0.0"),
         (lambda: MAML(smooth_net(), float("nan")), "inner learning rate is nan"),
+        (lambda: MetaLearner(smooth_net(), 0.1, "maml"), "the rule is 'maml'; expected a fewshot_asam.inner.Rule"),
         (lambda: MAML(Refusing(), 0.1), "Refusing has no trainable parameter"),
         (lambda: MAML(nn.BatchNorm2d(3), 0.1), "BatchNorm2d"),
         (lambda: MAML(smooth_net(), 0.1, adapt="some"), "adapt is 'some'"),
