@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ SETTINGS = "config.yaml"
 
 
 def stored_settings(folder: Path) -> TrainConfig:
-    """The settings of the run in a folder; raises `FewShotError` where there is none."""
+    """The settings of the run in a folder, with that folder, which may be a copy, as their `output_dir`.
+
+    Raises `FewShotError` where there is none.
+    """
     if not (folder / SETTINGS).is_file():
         raise FewShotError(f"{folder} is not the folder of a run of train_maml (it has no {SETTINGS})")
-    return from_yaml(folder / SETTINGS)
+    return replace(from_yaml(folder / SETTINGS), output_dir=folder)
 
 
 def require_resumable(config: TrainConfig) -> None:

@@ -33,6 +33,8 @@ ROWS = 500
 """About as many lines of training metrics are kept of a run."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(config: TrainConfig, resume: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Trains, tests and writes the run folder; prints one line with the test accuracy.
 

@@ -316,3 +316,26 @@ def test_pytorchs_default_device_changes_nothing(images: Path, tmp_path: Path, m
         assert eval_maml.main([str(tmp_path / "run"), "--tasks", "2"]) == 0
     for name in ("best.safetensors", "last.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_training_takes_gradients_whatever_stands_around_it(
+    images: Path, tmp_path: Path, around: Callable[[], Any]
+) -> None:
+    options = {"engine": "vmap", "validation": "augment", "shots": 1}
+    expected = train(settings(images, tmp_path / "first", **options))
+    with around():
+        found = train(settings(images, tmp_path / "second", **options))
+    assert found["test_accuracy"] == expected["test_accuracy"]
+    rows = [read_metrics(tmp_path / name) for name in ("first", "second")]
+    assert [row.get("train_loss") for row in rows[0]] == [row.get("train_loss") for row in rows[1]]
+
+
+def test_a_copied_run_goes_on_in_the_copy(run: Path, images: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    before = everything(run)
+    with pytest.warns(UserWarning, match="meta_lr falls to 0"):
+        train(replace(stored_settings(copy), iterations=5), resume=True)
+    assert everything(run) == before
+    assert len(read_metrics(copy)) > len(read_metrics(run))
