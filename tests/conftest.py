@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from fewshot_asam.data.images import Dataset, ImageSet
 # The problems are small, and the tests run in as many processes as there are cores: threads would wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell that starts the tests in the background, or under nohup, has these ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 REAL_DATA = Path(os.environ.get("FEWSHOT_ASAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

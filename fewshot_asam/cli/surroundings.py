@@ -23,10 +23,12 @@ def importing() -> Iterator[None]:
     """Within, a command imports what it needs: Ctrl-C or a failure ends it in one line. Others are left alone."""
     name = os.path.basename(sys.argv[0]).removesuffix(".py")
     main_thread = threading.current_thread() is threading.main_thread()
-    if name not in COMMANDS or not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if name not in COMMANDS:
         yield
         return
-    signal.signal(signal.SIGINT, _leave)
+    heeded = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded:
+        signal.signal(signal.SIGINT, _leave)
     try:
         os.getcwd()  # without which PyTorch does not find its own libraries
         yield
@@ -35,7 +37,8 @@ def importing() -> Iterator[None]:
     except Exception as error:  # of libraries that read the environment: MPLBACKEND, TORCH_LOGS, TQDM_...
         _refuse(f"a library cannot be imported ({type(error).__name__}: {error}); look at the environment variables")
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if heeded:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _refuse(message: str) -> NoReturn:
