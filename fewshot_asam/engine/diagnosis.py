@@ -212,7 +212,7 @@ def own_function(model: FunctionalModel, call: Call) -> str:
             outputs = pytree.tree_leaves(case.output({n: v.requires_grad_() for n, v in leaves.items()}, data))
         graph = requirements.graph_of([value.grad_fn for value in outputs if isinstance(value, Tensor)])
         if any(isinstance(node, BackwardCFunction) for level in graph for node in level):
-            named = f"layer {name!r} ({type(layer).__name__})" if name else f"{type(layer).__name__}.forward itself"
+            named = requirements.named(model.module, name)
             return f"{named} calls an autograd.Function, which torch.compile differentiates wrongly; use compiled=False"
     return ""
 
