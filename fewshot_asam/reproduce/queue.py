@@ -129,7 +129,8 @@ def _heading(cell: Cell) -> Record:
 def _training(folder: Path) -> Record:
     """What the ledger keeps of a finished training: its summary, and the courses of validation and congruence."""
     summary, rows = runs.read_summary(folder), read_metrics(folder)
-    names = ("device", "engine", "processes", "iterations", "best_iteration", "val_accuracy", "wall_seconds")
+    names = ["device", "engine", "processes", "iterations", "best_iteration", "val_accuracy", "wall_seconds"]
+    names += [name for name in summary if name.startswith(("test_", "last_test_"))]
     found: Record = {name: summary[name] for name in names}
     seconds = {row["iteration"]: row["seconds"] for row in rows if "seconds" in row}
     validations = [row for row in rows if "val_accuracy" in row]
