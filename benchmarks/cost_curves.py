@@ -18,10 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks import alternate, table
+from benchmarks import interleave, table
+from benchmarks.baselines import Contestant
 from benchmarks.peer_packages import require
 from benchmarks.presets import PRESETS, Preset
-from benchmarks.rivals import Contestant
 
 AXES: dict[str, tuple[int, ...]] = {
     "tasks": (1, 2, 4, 8),
@@ -85,7 +85,7 @@ def _measured(name: str, contestants: dict[str, Contestant], options: Any, repor
         for value in AXES[axis]:
             preset: Preset = replace(PRESETS[name], **{axis: value})
             print(f"{name}, {LABELS[axis]} {value}", file=sys.stderr)
-            times = alternate.measure(
+            times = interleave.measure(
                 contestants,
                 preset,
                 form="own processes",

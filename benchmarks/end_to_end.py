@@ -35,7 +35,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import table
-from benchmarks.alternate import Process, Times
+from benchmarks.interleave import Process, Times
 from benchmarks.peer_packages import require
 from benchmarks.presets import PRESETS, Preset
 from fewshot_asam.data.archives import locate

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks import alternate, table
+from benchmarks import interleave, table
+from benchmarks.baselines import Contestant
 from benchmarks.peer_packages import require
 from benchmarks.presets import PRESETS
-from benchmarks.rivals import Contestant
 
 META_BATCHES = 60_000
 """Of the published protocol."""
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = table.Report(options.device)
     for name in options.presets:
         print(f"{name}: {PRESETS[name].text}", file=sys.stderr)
-        for form in alternate.FORMS:
-            times = alternate.measure(
+        for form in interleave.FORMS:
+            times = interleave.measure(
                 contestants, PRESETS[name], form=form, device=options.device, rounds=options.rounds
             )
             result = report.add(name, form, times, [("learn2learn", "ours")])

@@ -24,7 +24,7 @@ def ours(preset: dict[str, Any], root: str, device: str, engine: str) -> Update:
     """As in the README: `load_dataset`, `EpisodeSampler`, `meta_backward`."""
     import torch
 
-    from benchmarks.their_style import LR
+    from benchmarks.learn2learn_reference import LR
     from fewshot_asam import MAML
     from fewshot_asam.data import load_dataset
     from fewshot_asam.episodes import EpisodeSampler
@@ -58,8 +58,8 @@ def learn2learn(preset: dict[str, Any], root: str, device: str, in_memory: bool)
     """
     import torch
 
+    from benchmarks.learn2learn_reference import LR, build_model, meta_gradient
     from benchmarks.peer_packages import import_learn2learn
-    from benchmarks.their_style import LR, build_model, meta_gradient
 
     l2l: Any = import_learn2learn()
     _accept_any_archive()

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import alternate, table
+from benchmarks import interleave, table
+from benchmarks.baselines import Contestant, deviation
 from benchmarks.peer_packages import require
 from benchmarks.presets import PRESETS
-from benchmarks.rivals import Contestant, deviation
 
 RULES = ("sharp_maml_low", "agnostic_sam")
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in options.presets:
         print(f"{name}: {PRESETS[name].text}", file=sys.stderr)
         for contestants, pairs, form in _comparisons(options.engine):
-            times = alternate.measure(
+            times = interleave.measure(
                 contestants, PRESETS[name], form=form, device=options.device, rounds=options.rounds
             )
             report.add(name, form, times, pairs)
@@ -53,7 +53,7 @@ def _comparisons(engine: str) -> list[Comparison]:
     for rule in RULES:
         us, them = f"ours, {rule}", f"transcription, {rule}"
         pair = {us: Contestant("ours", rule, engine=engine), them: Contestant("transcription", rule)}
-        found += [(pair, [(them, us)], form) for form in alternate.FORMS]
+        found += [(pair, [(them, us)], form) for form in interleave.FORMS]
     own = {"ours, maml": Contestant("ours", engine=engine)}
     for rule in RULES:
         own[f"ours, {rule}"] = Contestant("ours", rule, engine=engine)
@@ -70,7 +70,7 @@ def check(engine: str) -> list[table.Row]:
         found = {str(dtype): deviation(one, PRESETS["smoke"], dtype, engine) for dtype in TOLERANCES}
         rows.append({"rival": one.author, "rule": one.rule, "rho": one.rho, **found})
     if wrong := [row for row in rows if not all(row[str(dtype)] < most for dtype, most in TOLERANCES.items())]:
-        raise alternate.WorkerError(f"meta-gradients differ from ours: {wrong}")
+        raise interleave.WorkerError(f"meta-gradients differ from ours: {wrong}")
     return rows
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks import table
-from benchmarks.alternate import Process, Times, WorkerError
+from benchmarks.interleave import Process, Times, WorkerError
 from benchmarks.presets import PRESETS, Preset, episodes
 
 WARM_UPS = 2
@@ -63,21 +63,22 @@ class Job:
 
 def iteration(rule: Any, preset: dict[str, Any], device: str) -> Callable[[], dict[str, float]]:
     """What a worker runs: one meta-iteration, this process's share of it."""
-    from benchmarks import their_style
-    from fewshot_asam import distributed, upper
-    from fewshot_asam.config import TrainConfig
-    from fewshot_asam.inner import Rule
-    from fewshot_asam.meta import MetaLearner
+    from benchmarks import learn2learn_reference
+    from fewshot_asam.learners import MetaLearner
     from fewshot_asam.models import build_model
-    from fewshot_asam.prepare import resolve_device
+    from fewshot_asam.rules.inner_step import Rule
+    from fewshot_asam.runtime import distributed
+    from fewshot_asam.training import meta_step
+    from fewshot_asam.training.build import resolve_device
+    from fewshot_asam.training.config import TrainConfig
 
     problem = Preset(**preset)
     distributed.joined().__enter__()
     place = resolve_device(device)
     model = build_model("conv4", problem.ways, problem.image_shape, problem.hidden, seed=0).to(place)
-    learner = MetaLearner(model, their_style.LR, Rule(rule))
+    learner = MetaLearner(model, learn2learn_reference.LR, Rule(rule))
     config = TrainConfig(inner_steps=problem.steps, meta_lr=1e-4)
-    iterate = upper.iteration(learner, upper.optimizer(learner, config), config)
+    iterate = meta_step.iteration(learner, meta_step.optimizer(learner, config), config)
     batch = episodes(problem, place)
 
     def run() -> dict[str, float]:

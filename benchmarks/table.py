@@ -16,12 +16,12 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.alternate import Times, WorkerError, ratio
+from benchmarks.interleave import Times, WorkerError, ratio
 from benchmarks.presets import PRESETS, PROTOCOL
 from fewshot_asam import __version__
 from fewshot_asam.engine import EngineName
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.prepare import resolve_device
+from fewshot_asam.training.build import resolve_device
 
 PACKAGES = ("torch", "torchvision", "learn2learn", "numpy")
 Row = Mapping[str, Any]
@@ -121,7 +121,7 @@ def times_rows(preset: str, form: str, times: Mapping[str, Times]) -> list[Row]:
 
 
 def ratio_row(preset: str, form: str, found: Mapping[str, Any]) -> Row:
-    """A row for what `alternate.ratio` found."""
+    """A row for what `interleave.ratio` found."""
     lower, upper = found["quartiles"]
     return {
         "preset": preset,

@@ -55,7 +55,7 @@ class Worker:
 
 
 def _keep_freed_memory() -> None:
-    from fewshot_asam.memory import keep_freed_memory
+    from fewshot_asam.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
 

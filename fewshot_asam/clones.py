@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewshot_asam import engine, inner
-from fewshot_asam.engine import LowerLevel
+from fewshot_asam import engine
+from fewshot_asam.engine import InnerLoop
 from fewshot_asam.engine.functional import FunctionalModel
-from fewshot_asam.engine.trials import Trials
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.inner import Loss
-from fewshot_asam.perturb import Params
+from fewshot_asam.rules import inner_step
+from fewshot_asam.rules.inner_step import Loss
+from fewshot_asam.rules.perturbations import Params
+from fewshot_asam.verification.trials import Trials
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Network:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the model returns for these arguments."""
-        self.trials.require(engine.Way("loop"), (args, kwargs))
+        self.trials.require(engine.ExecutionMode("loop"), (args, kwargs))
         return self.model(self.params, *args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -42,8 +43,8 @@ class Task:
     model's own parameters.
     """
 
-    def __init__(self, lower: LowerLevel, params: Params, trials: Trials) -> None:
-        self._lower = lower
+    def __init__(self, inner_loop: InnerLoop, params: Params, trials: Trials) -> None:
+        self._inner_loop = inner_loop
         self._trials = trials
         self.params = params
         self._memory: Params = {}
@@ -53,11 +54,11 @@ class Task:
 
         An inductive learner is called as `task(x, support=images)`: the norm uses the statistics of those images.
         """
-        if not self._lower.inductive:
+        if not self._inner_loop.inductive:
             return self._network(self.params)(*args, **kwargs)
         if support is None:
             raise FewShotError("an inductive learner predicts with the support set's statistics; pass support=images")
-        return engine.predict(self._lower.model, self.params, args[0], support)
+        return engine.predict(self._inner_loop.model, self.params, args[0], support)
 
     def adapt(self, loss: Closure | Tensor, steps: int = 1, *, validation: Closure | None = None) -> Task:
         """`steps` lower-level steps, in place.
@@ -70,19 +71,25 @@ class Task:
 
         **Returns:** the task itself. Raises `FewShotError` for a loss tensor with a rule that needs a closure.
         """
-        lower = self._lower
+        inner_loop = self._inner_loop
         if torch.is_inference_mode_enabled():
             raise FewShotError("adapt was called in inference mode, which takes no gradients; use torch.no_grad()")
         if isinstance(loss, Tensor):
             self.params = self._step_down(loss, steps)
             return self
-        if validation is None and lower.validation != "duplicate" and lower.rule.name == "agnostic_sam":
-            raise FewShotError(f"validation is {lower.validation!r}, but adapt was given no validation= closure")
+        if validation is None and inner_loop.validation != "duplicate" and inner_loop.rule.name == "agnostic_sam":
+            raise FewShotError(f"validation is {inner_loop.validation!r}, but adapt was given no validation= closure")
         train_loss = self._loss(loss)
         val_loss = None if validation is None else self._loss(validation)
         for _ in range(whole_steps(steps)):
-            self.params, self._memory = inner.step(
-                lower.rule, self.params, self._memory, train_loss, val_loss, lower.lr, inner.autograd_gradient
+            self.params, self._memory = inner_step.step(
+                inner_loop.rule,
+                self.params,
+                self._memory,
+                train_loss,
+                val_loss,
+                inner_loop.lr,
+                inner_step.autograd_gradient,
             )
         return self
 
@@ -90,22 +97,22 @@ class Task:
         return lambda params: closure(self._network(params))
 
     def _network(self, params: Params) -> Network:
-        return Network(self._lower.model, params, self._trials)
+        return Network(self._inner_loop.model, params, self._trials)
 
     def _step_down(self, loss: Tensor, steps: int) -> Params:
-        if self._lower.rule.name != "maml" or steps != 1:
+        if self._inner_loop.rule.name != "maml" or steps != 1:
             raise FewShotError(
-                f"{self._lower.rule.name} with {steps} steps evaluates the loss more than once and was given a loss "
-                "tensor; pass a closure: task.adapt(lambda net: loss_fn(net(x), y), steps=...)"
+                f"{self._inner_loop.rule.name} with {steps} steps evaluates the loss more than once and was given a "
+                "loss tensor; pass a closure: task.adapt(lambda net: loss_fn(net(x), y), steps=...)"
             )
         grads = torch.autograd.grad(
             loss,
             list(self.params.values()),
-            create_graph=not self._lower.rule.first_order,
+            create_graph=not self._inner_loop.rule.first_order,
             allow_unused=True,
             materialize_grads=True,
         )
-        return inner.descended(self.params, dict(zip(self.params, grads, strict=True)), self._lower.lr)
+        return inner_step.descended(self.params, dict(zip(self.params, grads, strict=True)), self._inner_loop.lr)
 
 
 def whole_steps(steps: int) -> int:

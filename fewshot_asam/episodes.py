@@ -54,7 +54,7 @@ class Episodes:
             )
 
     @property
-    def tasks(self) -> int:
+    def num_tasks(self) -> int:
         """How many tasks these are, `T`."""
         return len(self.support_x)
 
@@ -93,23 +93,23 @@ class EpisodeSampler:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.augmentation = torch.Generator(device).manual_seed(seed + 1)
 
-    def draw(self, tasks: int) -> tuple[Tensor, Tensor]:
+    def draw(self, num_tasks: int) -> tuple[Tensor, Tensor]:
         """The classes drawn, int64 `[T, N]`, and the indices of their images, int64 `[T, N, K+Q]`."""
         device, counts = self.images.images.device, self.images.counts
-        keys = torch.rand(tasks, len(counts), generator=self.generator, device=device)
+        keys = torch.rand(num_tasks, len(counts), generator=self.generator, device=device)
         classes = keys.topk(self.ways).indices
-        keys = torch.rand(tasks, self.ways, self._longest, generator=self.generator, device=device)
+        keys = torch.rand(num_tasks, self.ways, self._longest, generator=self.generator, device=device)
         if not self._even:
             absent = torch.arange(self._longest, device=device) >= counts[classes].unsqueeze(-1)
             keys = keys.masked_fill(absent, -1.0)
         within = keys.topk(self.shots + self.queries).indices
         return classes, self._starts[classes].unsqueeze(-1) + within
 
-    def sample(self, tasks: int) -> Episodes:
-        """`tasks` new episodes; support and query images are grouped by label."""
-        if tasks < 1:
-            raise FewShotError(f"{tasks} tasks were asked for; expected at least 1")
-        index = self.draw(tasks)[1]
+    def sample(self, num_tasks: int) -> Episodes:
+        """`num_tasks` new episodes; support and query images are grouped by label."""
+        if num_tasks < 1:
+            raise FewShotError(f"{num_tasks} tasks were asked for; expected at least 1")
+        index = self.draw(num_tasks)[1]
         support, query = torch.split(index, [self.shots, self.queries], dim=2)
         return Episodes(*self._gather(support), *self._gather(query))
 

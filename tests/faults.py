@@ -23,9 +23,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tqdm import tqdm
 
 from conftest import make_images
-from fewshot_asam import fused
-from fewshot_asam.checkpoint import decode, latest_state
 from fewshot_asam.cli import train_maml
+from fewshot_asam.models import cpu_kernels
+from fewshot_asam.training.checkpoint import decode, latest_state
 
 RUN = [
     *("--dataset", "folder", "--image-size", "16", "--ways", "3", "--shots", "1", "--queries", "2", "--hidden", "4"),
@@ -137,7 +137,7 @@ def wait_for_text(path: Path, text: str) -> None:
 
 def limit_file_size(size: int, fatal: bool) -> None:
     """Files may not grow beyond `size` bytes: an error as of a full disk or, where `fatal`, death in mid-write."""
-    fused.available()  # its library is loaded as a copy in memory, which would be too large a file
+    cpu_kernels.available()  # its library is loaded as a copy in memory, which would be too large a file
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL if fatal else signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 

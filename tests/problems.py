@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from conftest import make_images
 from fewshot_asam.episodes import Episodes, EpisodeSampler
-from fewshot_asam.inner import Rule
-from fewshot_asam.meta import MetaLearner
+from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import TaskNorm
+from fewshot_asam.rules.inner_step import Rule
 
 RULES = {
     "maml": Rule("maml"),

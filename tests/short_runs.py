@@ -15,10 +15,10 @@ import torch
 
 import faults
 from fewshot_asam import FewShotError
-from fewshot_asam.config import TrainConfig
 from fewshot_asam.data import Dataset
-from fewshot_asam.prepare import load_data
-from fewshot_asam.train import train
+from fewshot_asam.training.build import load_data
+from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.loop import train
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from PIL import Image
 from conftest import make_images
 from fewshot_asam.cli import eval_maml, train_maml
 from fewshot_asam.cli.parsing import LONGEST
-from fewshot_asam.config import TrainConfig
+from fewshot_asam.training.config import TrainConfig
 
 QUICK = (
     "--dataset folder --data-root images --image-size 16 --ways 3 --shots 1 --queries 2 --hidden 4 --iterations 2 "

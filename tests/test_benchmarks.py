@@ -21,19 +21,19 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # at the end: the package is the installed one
 
 from benchmarks import (  # noqa: E402
-    alternate,
     cost_curves,
     end_to_end,
+    interleave,
     learn2learn_maml,
-    limit,
+    learn2learn_reference,
+    roofline,
     rules,
     scaling,
     table,
-    their_style,
     worker,
 )
+from benchmarks.baselines import Contestant  # noqa: E402
 from benchmarks.presets import PRESETS, Preset  # noqa: E402
-from benchmarks.rivals import Contestant  # noqa: E402
 from fewshot_asam.data.cache import SPLITS  # noqa: E402
 from fewshot_asam.data.omniglot import CHARACTERS, DRAWINGS, split_characters  # noqa: E402
 from peers import import_learn2learn  # noqa: E402
@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 class Inline:
-    """Stands for `alternate.Process`, but builds and runs the contestants in the test's own process."""
+    """Stands for `interleave.Process`, but builds and runs the contestants in the test's own process."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self.worker, self.started = worker.Worker(), time.perf_counter()
@@ -94,7 +94,7 @@ class Inline:
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker processes, which would each import torch and learn2learn; the allocator stays as it is."""
     monkeypatch.setattr(worker, "_keep_freed_memory", lambda: None)
-    for module in (alternate, end_to_end):
+    for module in (interleave, end_to_end):
         monkeypatch.setattr(module, "Process", Inline)
 
 
@@ -117,7 +117,7 @@ def test_learn2learn_maml(
     learn2learn: Any, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In real worker processes; the form in one process is `test_rules`'s."""
-    monkeypatch.setattr(alternate, "FORMS", alternate.FORMS[:1])
+    monkeypatch.setattr(interleave, "FORMS", interleave.FORMS[:1])
     (result,) = run(learn2learn_maml)["results"]
     check_times(result, {"ours", "learn2learn"})
     losses = [one["losses"] for one in result["contestants"].values()]
@@ -128,7 +128,7 @@ def test_learn2learn_maml(
 def test_rules(learn2learn: Any, inline: None, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "RULES", ("agnostic_sam",))
     *both, own = run(rules)["results"]
-    assert [result["form"] for result in (*both, own)] == [*alternate.FORMS, "one process"]
+    assert [result["form"] for result in (*both, own)] == [*interleave.FORMS, "one process"]
     for result in both:
         check_times(result, {"ours, agnostic_sam", "transcription, agnostic_sam"})
     check_times(own, {"ours, maml", "ours, agnostic_sam", "ours, agnostic_sam, constant"})
@@ -139,7 +139,7 @@ def test_meta_gradients_equal(learn2learn: Any, run: Any) -> None:
     deviations = run(rules, "--check")["deviations"]
     assert {(row["rival"], row["rule"]) for row in deviations} == {
         ("learn2learn", "maml"),
-        *(("transcription", rule) for rule in their_style.STEPS),
+        *(("transcription", rule) for rule in learn2learn_reference.STEPS),
     }
     assert max(row["torch.float64"] for row in deviations) < 1e-8
 
@@ -152,22 +152,24 @@ def short_check(learn2learn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_check_sees_another_rule(short_check: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(their_style.STEPS, "agnostic_sam", their_style.sharp_maml_low)
-    with pytest.raises(alternate.WorkerError, match=r"differ from ours.*agnostic_sam"):
+    monkeypatch.setitem(learn2learn_reference.STEPS, "agnostic_sam", learn2learn_reference.sharp_maml_low)
+    with pytest.raises(interleave.WorkerError, match=r"differ from ours.*agnostic_sam"):
         rules.check("auto")
 
 
 def test_check_sees_a_constant_perturbation(short_check: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    along = their_style.along
-    monkeypatch.setattr(their_style, "along", lambda g, radius: [value.detach() for value in along(g, radius)])
-    with pytest.raises(alternate.WorkerError, match=r"differ from ours.*sharp_maml_low"):
+    along = learn2learn_reference.along
+    monkeypatch.setattr(
+        learn2learn_reference, "along", lambda g, radius: [value.detach() for value in along(g, radius)]
+    )
+    with pytest.raises(interleave.WorkerError, match=r"differ from ours.*sharp_maml_low"):
         rules.check("auto")
 
 
 def test_losses_are_compared() -> None:
-    times = {"a": alternate.Times(1.0, [1.0], [2.0]), "b": alternate.Times(1.0, [1.0], [2.03])}
-    with pytest.raises(alternate.WorkerError, match="do not compute the same"):
-        alternate._check_losses(dict.fromkeys(times, Contestant("ours")), times)
+    times = {"a": interleave.Times(1.0, [1.0], [2.0]), "b": interleave.Times(1.0, [1.0], [2.03])}
+    with pytest.raises(interleave.WorkerError, match="do not compute the same"):
+        interleave._check_losses(dict.fromkeys(times, Contestant("ours")), times)
 
 
 @pytest.fixture
@@ -245,15 +247,15 @@ def spare_flops(p: Preset) -> int:
     "preset", [SMOKE, replace(SMOKE, shots=2, channels=3, side=42, hidden=6, steps=1, tasks=3)], ids=["smoke", "other"]
 )
 def test_flops(preset: Preset) -> None:
-    total, of_convolutions = limit.counted_flops(preset)
+    total, of_convolutions = roofline.counted_flops(preset)
     assert of_convolutions == expected_flops(preset) + spare_flops(preset)
-    assert expected_flops(preset) == sum(one.flops * count for one, count in limit.convolutions(preset).items())
+    assert expected_flops(preset) == sum(one.flops * count for one, count in roofline.convolutions(preset).items())
     assert of_convolutions <= total < 1.05 * of_convolutions  # the statistics of patches, the head
 
 
-def test_limit(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limit, "keep_freed_memory", lambda: None)
-    (result,) = run(limit)["results"]
+def test_roofline(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "keep_freed_memory", lambda: None)
+    (result,) = run(roofline)["results"]
     assert result["needed_flops"] == result["convolution_flops"] - spare_flops(SMOKE) == expected_flops(SMOKE)
     assert result["useful_flops"] == result["counted_flops"] - spare_flops(SMOKE)
     assert result["achieved"] == pytest.approx(result["useful_flops"] / median(result["seconds"]))
@@ -290,7 +292,7 @@ def test_processes_are_timed_on_the_same_numbers(run: Callable[..., dict[str, An
 def test_worker_measures_memory(toys: None) -> None:
     size = 64 * 2**20
     ballast = b"x" * 4 * size  # a peak of this process, which a worker's must not contain
-    with alternate.Process() as process:
+    with interleave.Process() as process:
         process(do="build", factory="toys:allocate", arguments={"size": size}, device="cpu")
         assert process.timed(0)["length"] == size
         assert 0.9 * size < process(do="memory")["peak_bytes"] < 1.5 * size
@@ -298,17 +300,17 @@ def test_worker_measures_memory(toys: None) -> None:
 
 
 def test_worker_failures(toys: None) -> None:
-    with alternate.Process() as process:
+    with interleave.Process() as process:
         process(do="build", factory="toys:fail", arguments={}, device="cpu")
-        with pytest.raises(alternate.WorkerError, match="KeyError: 'absent'"):
+        with pytest.raises(interleave.WorkerError, match="KeyError: 'absent'"):
             process(do="run", index=0)
-        with pytest.raises(alternate.WorkerError, match="ended with status 3"):
+        with pytest.raises(interleave.WorkerError, match="ended with status 3"):
             process(do="build", factory="toys:end", arguments={}, device="cpu")
 
 
 def test_ratio() -> None:
-    times = {"slow": alternate.Times(0.0, [2.0, 9.0, 8.0]), "fast": alternate.Times(0.0, [1.0, 3.0, 2.0])}
-    found = alternate.ratio(times, "slow", "fast")
+    times = {"slow": interleave.Times(0.0, [2.0, 9.0, 8.0]), "fast": interleave.Times(0.0, [1.0, 3.0, 2.0])}
+    found = interleave.ratio(times, "slow", "fast")
     assert found == {"of": "slow", "to": "fast", "of_medians": 4.0, "median": 3.0, "quartiles": [2.5, 3.5]}
 
 

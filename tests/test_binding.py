@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import faults
-from fewshot_asam import FewShotError, locks
-from fewshot_asam.checkpoint import STATES, decode, read_state
+from fewshot_asam import FewShotError
 from fewshot_asam.cli import eval_maml, train_maml
-from fewshot_asam.locks import LOCK, locked
-from fewshot_asam.metrics import read_metrics
-from fewshot_asam.runs import read_summary, stored_settings
-from fewshot_asam.train import train
+from fewshot_asam.runtime import locks
+from fewshot_asam.runtime.locks import LOCK, locked
+from fewshot_asam.training.checkpoint import STATES, decode, read_state
+from fewshot_asam.training.loop import train
+from fewshot_asam.training.metrics import read_metrics
+from fewshot_asam.training.run_folder import read_summary, stored_settings
 from short_runs import cache, everything, finished, images, require_refusal, run, settings
 
 

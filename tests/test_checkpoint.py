@@ -20,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from fewshot_asam import FewShotError, checkpoint
-from fewshot_asam.checkpoint import (
+from fewshot_asam import FewShotError
+from fewshot_asam.models import build_model
+from fewshot_asam.training import checkpoint
+from fewshot_asam.training.checkpoint import (
     FORMAT,
     SIGNATURE,
     STATES,
@@ -37,7 +39,6 @@ from fewshot_asam.checkpoint import (
     weights,
     write_atomically,
 )
-from fewshot_asam.models import build_model
 
 SHAPE = (1, 16, 16)
 EXAMPLES = int(os.environ.get("FEWSHOT_ASAM_FUZZ", "300"))
@@ -49,7 +50,7 @@ def model(ways: int = 3, seed: int = 0, hidden: int = 4) -> torch.nn.Module:
 
 
 def state() -> dict[str, object]:
-    """Like a trainer's: tensors of several types and shapes, numbers, text, lists, dictionaries."""
+    """Like a training's: tensors of several types and shapes, numbers, text, lists, dictionaries."""
     generator = torch.Generator().manual_seed(0).get_state()
     tensors = {**weights(model()), "step": torch.tensor(8.0), "tasks": generator, "unlogged": torch.empty(0, 3)}
     return {"progress": {"iteration": 8, "seconds": 0.1}, "made_by": ["ü", None], "tensors": tensors}

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from conftest import make_images
 from fewshot_asam.cli import train_maml
-from fewshot_asam.runs import read_metrics
-from fewshot_asam.trainer import Trainer
+from fewshot_asam.training.run_folder import read_metrics
+from fewshot_asam.training.state import TrainState
 
 QUICK = [
     *("--dataset", "folder", "--image-size", "16", "--ways", "3", "--shots", "1", "--queries", "2", "--hidden", "4"),
@@ -92,13 +92,13 @@ def test_a_run_folder_holds_what_it_should(trained: dict[str, Path]) -> None:
 def test_a_log_file_is_not_filled_with_the_progress_bar(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    advance = Trainer.advance
+    train_step = TrainState.train_step
 
-    def slow(trainer: Trainer) -> None:
+    def slow(training: TrainState) -> None:
         time.sleep(0.2)
-        advance(trainer)
+        train_step(training)
 
-    monkeypatch.setattr(Trainer, "advance", slow)
+    monkeypatch.setattr(TrainState, "train_step", slow)
     assert train_maml.main([*QUICK, "--data-root", str(images), "--output-dir", str(tmp_path / "run")]) == 0
     log = capsys.readouterr().err
     assert "12/12" in log

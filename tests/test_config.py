@@ -14,8 +14,8 @@ import yaml
 
 from fewshot_asam import FewShotError
 from fewshot_asam.cli import train_maml
-from fewshot_asam.config import TrainConfig, from_yaml, to_yaml
-from fewshot_asam.prepare import build_learner, resolve_device
+from fewshot_asam.training.build import build_learner, resolve_device
+from fewshot_asam.training.config import TrainConfig, from_yaml, to_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROTOCOL = {
@@ -153,7 +153,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         ("--rho1 1e-3", ("rho1", 1e-3)),
         ("--rho1 null", ("rho1", None)),
         ("--first-order yes", ("first_order", True)),
-        ("--compiled=true", ("compiled", True)),
+        ("--torch_compile=true", ("torch_compile", True)),
         ("--iterations 1_000", ("iterations", 1000)),
         ("--output-dir [a]", ("output_dir", Path("[a]"))),
         ("--output-dir a&b*c:d", ("output_dir", Path("a&b*c:d"))),
@@ -251,8 +251,12 @@ def test_every_switch_reaches_the_learner() -> None:
     rule = learner.rule
     assert (rule.rho, rule.radii, rule.beta, rule.adaptive, rule.first_order) == (0.1, (0.2, 0.3), 0.5, True, True)
     assert (rule.val_grad_point, rule.val_norm, rule.through_perturbation) == ("current", "current", False)
-    assert learner.lower.adapted == ("head.weight", "head.bias")
-    assert (learner.lower.validation, learner.lower.inductive, learner.lower.lr) == ("augment", True, 0.7)
+    assert learner.inner_loop.adapted == ("head.weight", "head.bias")
+    assert (learner.inner_loop.validation, learner.inner_loop.inductive, learner.inner_loop.lr) == (
+        "augment",
+        True,
+        0.7,
+    )
     assert learner.engine == "loop"
 
 

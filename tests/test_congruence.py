@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fewshot_asam.analysis.congruence import congruence
-from fewshot_asam.inner import Rule
-from fewshot_asam.meta import MetaLearner
-from fewshot_asam.validation import lower_level_sets
+from fewshot_asam.learners import MetaLearner
+from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.rules.validation_sets import lower_level_sets
 from problems import RULES, episodes, smooth_net
 
 LR = 0.4
@@ -50,11 +50,11 @@ def test_congruence_is_that_of_plain_gradients(rule: str, validation: str) -> No
     model, batch = smooth_net(), episodes()
     learner = MetaLearner(model, LR, RULES[rule], validation=validation)
     found = congruence(learner, batch, generator())
-    assert found.shape == (batch.tasks, 2)
+    assert found.shape == (batch.num_tasks, 2)
     sets = "augment" if validation == "duplicate" else validation
     (x, y), val_sets = lower_level_sets(batch.support_x, batch.support_y, sets, generator())
     assert val_sets is not None
-    for i in range(batch.tasks):
+    for i in range(batch.num_tasks):
         train, val = (x[i], y[i]), (val_sets[0][i], val_sets[1][i])
         closure = None if validation == "duplicate" else (lambda net, val=val: F.cross_entropy(net(val[0]), val[1]))
         task = learner.clone().adapt(lambda net, own=train: F.cross_entropy(net(own[0]), own[1]), validation=closure)
@@ -75,7 +75,7 @@ def test_the_radius_is_that_on_the_validation_gradient() -> None:
 
 
 def test_copies_that_are_the_same_agree_without_a_radius(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewshot_asam.validation.augmented", lambda x, _: x)
+    monkeypatch.setattr("fewshot_asam.rules.validation_sets.augmented", lambda x, _: x)
     learner = MetaLearner(smooth_net(), LR, replace(RULES["agnostic_sam"], rho=0.0))
     assert congruence(learner, episodes(), generator()).tolist() == [pytest.approx([1, 1])] * 2
 

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 import faults
-from fewshot_asam import FewShotError, distributed, upper
-from fewshot_asam.checkpoint import decode, read_state
+from fewshot_asam import FewShotError
 from fewshot_asam.cli import eval_maml, train_maml
 from fewshot_asam.cli.parsing import run
-from fewshot_asam.config import TrainConfig
 from fewshot_asam.episodes import EpisodeSampler
-from fewshot_asam.evaluate import TASKS_AT_ONCE, evaluate
-from fewshot_asam.meta import MetaLearner
+from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import build_model
-from fewshot_asam.runs import read_metrics
+from fewshot_asam.runtime import distributed
+from fewshot_asam.training import meta_step
+from fewshot_asam.training.checkpoint import decode, read_state
+from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.evaluation import TASKS_AT_ONCE, evaluate
+from fewshot_asam.training.run_folder import read_metrics
 from problems import RULES, SHAPE, deviation, episodes, make_images
 
 TASKS = 5
@@ -63,8 +65,8 @@ def trained(rule: str, validation: str) -> tuple[Tensor, Tensor]:
     """The numbers of some iterations and the parameters after them."""
     config = TrainConfig(meta_lr=1e-2, inner_steps=2, clip_grad=0.5, ways=3, meta_batch_size=TASKS)
     learner = build(rule, validation)
-    adam = upper.optimizer(learner, config)
-    rates, iterate = upper.schedule(adam, config), upper.iteration(learner, adam, config)
+    adam = meta_step.optimizer(learner, config)
+    rates, iterate = meta_step.schedule(adam, config), meta_step.iteration(learner, adam, config)
     generator, numbers = torch.Generator().manual_seed(0), []
     for index in range(4):
         numbers.append(iterate(learner.batch(episodes(tasks=TASKS, seed=index), generator)))
@@ -106,8 +108,8 @@ def parts(count: int) -> tuple[list[int], list[float]]:
     values = torch.zeros(count)
     values[distributed.share(count)] = 1.0
     own = int(values.sum())
-    distributed.add(values)
-    return [own, int(distributed.largest(own)), distributed.from_first(own)], values.tolist()
+    distributed.all_reduce_sum(values)
+    return [own, int(distributed.all_reduce_max(own)), distributed.broadcast(own)], values.tolist()
 
 
 def test_shares_cover_everything_once_and_evenly(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_shares_cover_everything_once_and_evenly(tmp_path: Path) -> None:
 def alone() -> list[float]:
     """In a job that is not the package's own, but the caller's."""
     torch.distributed.init_process_group("gloo")
-    found = [distributed.size(), distributed.rank(), distributed.largest(7.0), len(accuracies())]
+    found = [distributed.size(), distributed.rank(), distributed.all_reduce_max(7.0), len(accuracies())]
     torch.distributed.destroy_process_group()
     return found
 
@@ -147,7 +149,7 @@ def failing() -> str:
             raise FewShotError("no such file")
 
     try:
-        distributed.agreed(work)
+        distributed.all_succeed(work)
     except FewShotError as error:
         return str(error)
     except SystemExit as error:
@@ -162,7 +164,7 @@ def test_what_fails_in_one_process_is_said_once_and_ends_all(tmp_path: Path) -> 
 def left_behind() -> bool:
     """Whether a group is left after a failure."""
     with suppress(FewShotError), distributed.joined():
-        distributed.largest(1.0)
+        distributed.all_reduce_max(1.0)
         raise FewShotError("no such file")
     return torch.distributed.is_initialized()
 
@@ -180,15 +182,16 @@ def test_a_process_that_fails_leaves_the_job(tmp_path: Path) -> None:
 
 FAILING = """
 import sys
-from fewshot_asam import FewShotError, distributed
+from fewshot_asam import FewShotError
+from fewshot_asam.runtime import distributed
 from fewshot_asam.cli.parsing import run
 
 def command(argv):
-    distributed.largest(1.0)
+    distributed.all_reduce_max(1.0)
     if distributed.rank() == int(argv[0]):
         raise FewShotError("alone") if argv[1] == "error" else KeyboardInterrupt
     for _ in range(100):
-        distributed.largest(1.0)
+        distributed.all_reduce_max(1.0)
 
 sys.exit(run(command, sys.argv[1:]))
 """

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from conftest import make_images
 from fewshot_asam import MAML, FewShotError, MetaAgnosticSAM, engine
-from fewshot_asam.config import TrainConfig
-from fewshot_asam.engine import capture, choice
+from fewshot_asam.engine import cuda_graph, selection
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
-from fewshot_asam.inner import Rule
-from fewshot_asam.meta import MetaLearner
+from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import build_model
-from fewshot_asam.upper import iteration, optimizer, schedule
+from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.meta_step import iteration, optimizer, schedule
 from problems import RULES, SHAPE, deviation, episodes, meta_gradient, smooth_net
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so() -> None:
     torch.manual_seed(0)
     model = Branching().double()
     expected = meta_gradient(MAML(model, 0.1, engine="loop"), episodes())
-    learner = MAML(model, 0.1, engine="loop", compiled=True)
+    learner = MAML(model, 0.1, engine="loop", torch_compile=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert deviation(meta_gradient(learner, episodes()), expected) < 1e-12
@@ -137,7 +137,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("name", ["maml", "agnostic_sam", "agnostic_sam momentum", "sharp_maml_low constant"])
 def test_what_is_compiled_computes_the_same(name: str, way: Any, traced: list[int]) -> None:
     expected = meta_gradient(MetaLearner(conv4(), 0.1, RULES[name], engine="loop"), episodes())
-    learner = MetaLearner(conv4(), 0.1, RULES[name], engine=way, compiled=True)
+    learner = MetaLearner(conv4(), 0.1, RULES[name], engine=way, torch_compile=True)
     assert deviation(meta_gradient(learner, episodes()), expected) < 1e-10
     assert len(traced) <= (3 if "constant" in name else 2)
 
@@ -145,7 +145,7 @@ def test_what_is_compiled_computes_the_same(name: str, way: Any, traced: list[in
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_other_numbers_of_images_compile_once_more_and_steps_do_not(traced: list[int]) -> None:
     """The gradient once for each number of support images, the query loss once more for any number."""
-    learner = MAML(conv4(), 0.1, engine="loop", compiled=True)
+    learner = MAML(conv4(), 0.1, engine="loop", torch_compile=True)
     meta_gradient(learner, episodes(shots=2), steps=1)
     first = len(traced)
     meta_gradient(learner, episodes(shots=2), steps=4)
@@ -157,7 +157,7 @@ def test_other_numbers_of_images_compile_once_more_and_steps_do_not(traced: list
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_more_shapes_than_are_kept_compiled_run_eagerly(traced: list[int]) -> None:
-    learner = MAML(smooth_net(), 0.1, engine="loop", compiled=True)
+    learner = MAML(smooth_net(), 0.1, engine="loop", torch_compile=True)
     with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for shots in (1, 2, 3, 4):
@@ -170,7 +170,7 @@ def test_more_shapes_than_are_kept_compiled_run_eagerly(traced: list[int]) -> No
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_compiled_code_computes_the_same() -> None:
     expected = meta_gradient(MetaAgnosticSAM(smooth_net(), 0.1, rho=0.05, engine="loop"), episodes())
-    learner = MetaAgnosticSAM(smooth_net(), 0.1, rho=0.05, engine="loop", compiled=True)
+    learner = MetaAgnosticSAM(smooth_net(), 0.1, rho=0.05, engine="loop", torch_compile=True)
     assert deviation(meta_gradient(learner, episodes()), expected) < 1e-10
 
 
@@ -212,7 +212,7 @@ def trained(wrap: Any, sizes: list[int]) -> tuple[list[Tensor], Tensor]:
 def test_a_captured_iteration_is_the_iteration() -> None:
     sizes, recorder = [2, 2, 2, 2, 2, 3, 2], Immediately()
     expected, weights = trained(lambda body: body, sizes)
-    numbers, captured = trained(lambda body: capture.Captured(body, recorder), sizes)
+    numbers, captured = trained(lambda body: cuda_graph.CudaGraphed(body, recorder), sizes)
     assert recorder.recorded == 1
     assert torch.equal(torch.stack(numbers), torch.stack(expected))
     assert torch.equal(captured, weights)
@@ -221,7 +221,7 @@ def test_a_captured_iteration_is_the_iteration() -> None:
 
 def test_the_clock_chooses_where_the_rule_is_clearly_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"now": 0.0}
-    monkeypatch.setattr(choice.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(selection.time, "perf_counter", lambda: clock["now"])
 
     def taking(**seconds: float) -> Any:
         def iterate(name: str) -> None:
@@ -263,7 +263,7 @@ def test_precision_is_put_back_and_checked() -> None:
 
 
 def test_a_copied_learner_is_compiled_for_its_own_model(traced: list[int]) -> None:
-    learner = MAML(smooth_net(), 0.1, engine="loop", compiled=True)
+    learner = MAML(smooth_net(), 0.1, engine="loop", torch_compile=True)
     meta_gradient(learner, episodes())
     twin = copy.deepcopy(learner)
     with torch.no_grad():

@@ -97,7 +97,7 @@ def test_pixels_are_scaled_to_one() -> None:
 
 def test_a_slice_of_episodes_is_episodes() -> None:
     batch = EpisodeSampler(make_images(12, 8, (1, 4, 4), 0), 5, 1, 2).sample(4)
-    assert batch[1:3].tasks == 2
+    assert batch[1:3].num_tasks == 2
     assert torch.equal(batch[1:3].query_x, batch.query_x[1:3])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fewshot_asam.files import open_regular, require_regular
+from fewshot_asam.runtime.files import open_regular, require_regular
 
 
 def make(path: Path, kind: str) -> Path:

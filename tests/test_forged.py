@@ -14,11 +14,11 @@ import torch
 
 import faults
 from fewshot_asam import FewShotError
-from fewshot_asam.checkpoint import STATES, decode, encode, read_state
 from fewshot_asam.data import Dataset
-from fewshot_asam.metrics import read_metrics
-from fewshot_asam.runs import read_summary
-from fewshot_asam.trainer import Trainer, build
+from fewshot_asam.training.checkpoint import STATES, decode, encode, read_state
+from fewshot_asam.training.metrics import read_metrics
+from fewshot_asam.training.run_folder import read_summary
+from fewshot_asam.training.state import TrainState, build
 from short_runs import CPU, cache, dataset, finished, images, require_refusal, run, settings
 
 Forgery = Callable[[dict[str, Any]], object]
@@ -104,11 +104,11 @@ FORGERIES: dict[str, Forgery] = {
 }
 
 
-def restored(images: Path, dataset: Dataset, folder: Path) -> Trainer:
-    trainer = build(settings(images, folder), dataset, CPU)
-    trainer.folder = folder
-    trainer.restore()
-    return trainer
+def restored(images: Path, dataset: Dataset, folder: Path) -> TrainState:
+    training = build(settings(images, folder), dataset, CPU)
+    training.folder = folder
+    training.restore()
+    return training
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -129,9 +129,9 @@ def test_a_state_that_is_not_forged_is_restored(images: Path, dataset: Dataset, 
     """And what is restored is stored again as it was."""
     data, path = read_state(run)
     Path(path).write_bytes(encode(decode(data, path)))
-    trainer = restored(images, dataset, run)
-    assert trainer.progress.iteration == 4
-    trainer.save()
+    training = restored(images, dataset, run)
+    assert training.progress.iteration == 4
+    training.save()
     assert faults.differences(decode(*read_state(run)), decode(data, path)) == []
 
 

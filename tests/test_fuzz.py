@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewshot_asam.cli import parsing, train_maml
-from fewshot_asam.config import TrainConfig, from_yaml, to_yaml
 from fewshot_asam.data import folder, mini_imagenet
 from fewshot_asam.data.mini_imagenet import Sizes
 from fewshot_asam.data.pickles import load_plain
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.training.config import TrainConfig, from_yaml, to_yaml
 from test_pickles import ARRAYS, GLOBAL, PLAIN, PYTHON2, UINT8
 
 EXAMPLES = int(os.environ.get("FEWSHOT_ASAM_FUZZ", "100"))

@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from fewshot_asam.data import Dataset, glyphs, load_dataset
 from fewshot_asam.episodes import EpisodeSampler
-from fewshot_asam.evaluate import interval
+from fewshot_asam.training.evaluation import interval
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from conftest import make_images
 from fewshot_asam.cli import train_maml
-from fewshot_asam.config import TrainConfig
-from fewshot_asam.engine import capture
+from fewshot_asam.engine import cuda_graph
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
-from fewshot_asam.meta import MAML, MetaLearner
+from fewshot_asam.learners import MAML, MetaLearner
 from fewshot_asam.models import build_model
-from fewshot_asam.upper import iteration, optimizer, schedule
+from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.meta_step import iteration, optimizer, schedule
 from problems import RULES, SHAPE, deviation, episodes, meta_gradient
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -47,7 +47,7 @@ def test_recomputed_steps_give_the_same_gradient(way: Any) -> None:
 def test_compiled_code_computes_the_same() -> None:
     model, batch = build_model("conv4", 3, SHAPE, 4, seed=0).double().to("cuda"), episodes().to("cuda")
     eager, compiled = (
-        MetaLearner(model, 0.1, RULES["agnostic_sam"], engine="vmap", compiled=again) for again in (False, True)
+        MetaLearner(model, 0.1, RULES["agnostic_sam"], engine="vmap", torch_compile=again) for again in (False, True)
     )
     assert deviation(meta_gradient(compiled, batch), meta_gradient(eager, batch)) < 1e-8
 
@@ -59,7 +59,7 @@ def trained(name: str, cuda_graph: bool, iterations: int = 8) -> tuple[Tensor, T
     learner = MetaLearner(model, 0.1, RULES[name], engine="vmap")
     adam = optimizer(learner, config)
     rates, iterate = schedule(adam, config), iteration(learner, adam, config)
-    assert isinstance(iterate, capture.Captured) == cuda_graph
+    assert isinstance(iterate, cuda_graph.CudaGraphed) == cuda_graph
     numbers = []
     for index in range(iterations):
         numbers.append(iterate(learner.batch(episodes(seed=index).to("cuda"))))
@@ -84,7 +84,7 @@ def test_an_iteration_waits_for_nothing() -> None:
         iterate(learner.batch(sampler.sample(2)))
         rates.step()
 
-    for _ in range(capture.WARM_UP + 2):
+    for _ in range(cuda_graph.WARM_UP + 2):
         once()
     torch.cuda.set_sync_debug_mode("error")
     try:

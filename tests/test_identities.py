@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fewshot_asam import FewShotError
-from fewshot_asam.inner import Rule
-from fewshot_asam.meta import MetaLearner, Norm
+from fewshot_asam.learners import MetaLearner, Norm
 from fewshot_asam.models import build_model
-from fewshot_asam.validation import Validation
+from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.rules.validation_sets import Validation
 from problems import RULES, SHAPE, deviation, episodes, meta_gradient, shifted, smooth_net
 
 MAML = Rule("maml")

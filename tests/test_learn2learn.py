@@ -44,7 +44,7 @@ def test_equals_learn2learn(name: str, first_order: bool) -> None:
                 worst = max(worst, ((mine - other).abs().max() / (1e-6 + other.abs().max())).item())
         losses = F.cross_entropy(task(query_x), query_y), F.cross_entropy(learner(query_x), query_y)
         worst = max(worst, deviation(*losses))
-        total = total + losses[1] / batch.tasks
+        total = total + losses[1] / batch.num_tasks
     total.backward()
     expected = torch.cat([value.grad.flatten() for value in theirs.parameters()])
     for engine in ("loop", "vmap") if name == "conv4" else ("loop",):

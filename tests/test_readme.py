@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fewshot_asam.cli import train_maml
-from fewshot_asam.config import TrainConfig
+from fewshot_asam.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -24,14 +24,14 @@ from scipy import stats
 
 import faults
 from fewshot_asam.cli import reproduce_maml, train_maml
-from fewshot_asam.config import TrainConfig
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.evaluate import Interval, interval
-from fewshot_asam.reproduce import ledger, page, plan, plots, queue, statistics
-from fewshot_asam.reproduce.found import look_up
+from fewshot_asam.reproduce import ledger, page, plan, plots, runner, statistics
 from fewshot_asam.reproduce.plan import cells, read_plan
-from fewshot_asam.reproduce.sweeps import sweeps
-from fewshot_asam.runs import read_summary
+from fewshot_asam.reproduce.radius_sweeps import sweeps
+from fewshot_asam.reproduce.section_results import look_up
+from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.evaluation import Interval, interval
+from fewshot_asam.training.run_folder import read_summary
 
 ROOT = Path(__file__).parents[1]
 PLANS = sorted((ROOT / "plans").glob("*.yaml"))
@@ -415,7 +415,7 @@ def test_a_claim_without_runs_or_with_one_seed(tmp_path: Path) -> None:
     assert answer(TINY, tmp_path, 0.1, 2.5, seeds=0) == "not run"
     nothing = page.render(look_up([read_plan(tmp_path / "plan.yaml")], {}))
     assert "| it is better | Folder 3-way 1-shot (`plan`) | +2.50 | – | – | – | not run | – |" in nothing
-    assert "reproduce_maml plans/plan.yaml --data-root DATA" in nothing
+    assert "reproduce_maml experiments/plan.yaml --data-root DATA" in nothing
 
 
 def test_runs_that_diverged_are_said_beside_the_verdict(tiny: Path) -> None:
@@ -612,7 +612,7 @@ def invented(cell: plan.Cell, more: dict[str, float]) -> dict[str, Any]:
     course = {"iteration": [500, 1000], "seconds": [60.0, 120.0], "accuracy": [0.8, 0.9]}
     course |= {"congruence_before": [0.3, 0.4], "congruence_after": [0.2, 0.5]}
     where = {"commit": "abc", "device": "cpu", "threads": 2, "engine": "loop", "versions": {"torch": "2"}}
-    head = {"cell": cell.name, "seed": cell.config.seed, "settings": queue.plain(cell.config), "tests": tests}
+    head = {"cell": cell.name, "seed": cell.config.seed, "settings": runner.plain(cell.config), "tests": tests}
     return head | where | {"wall_seconds": 120.0, "iterations": 1000, "best_iteration": 1000, "validation": course}
 
 

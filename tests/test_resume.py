@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import faults
-from fewshot_asam.checkpoint import STATES, decode, latest_state, read_state
+from fewshot_asam.training.checkpoint import STATES, decode, latest_state, read_state
 
 KILLS = int(os.environ.get("FEWSHOT_ASAM_KILLS", "100"))
 """Runs are killed at random moments until there were so many kills."""

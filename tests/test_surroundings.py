@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import faults
-from fewshot_asam.checkpoint import decode, read_state
 from fewshot_asam.cli import surroundings
 from fewshot_asam.cli.surroundings import lasting_streams
-from fewshot_asam.paths import cache_dir
-from fewshot_asam.stop import ECHO, Stop, Stopped
+from fewshot_asam.runtime.cache_folder import cache_dir
+from fewshot_asam.runtime.signals import ECHO, Stop, Stopped
+from fewshot_asam.training.checkpoint import decode, read_state
 
 COMMANDS = ["train_maml", "eval_maml", "reproduce_maml"]
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fewshot_asam import engine, inner, perturb
-from fewshot_asam.engine.task import SupportLoss, initial_state, shared_parameters
+from fewshot_asam import engine
+from fewshot_asam.engine.inner_loop import SupportLoss, initial_state, shared_parameters
 from fewshot_asam.episodes import Episodes
-from fewshot_asam.inner import Loss, Rule, autograd_gradient
-from fewshot_asam.meta import MetaLearner
-from fewshot_asam.perturb import Params
+from fewshot_asam.learners import MetaLearner
+from fewshot_asam.rules import inner_step, perturbations
+from fewshot_asam.rules.inner_step import Loss, Rule, autograd_gradient
+from fewshot_asam.rules.perturbations import Params
 
 
 def congruence(learner: MetaLearner, episodes: Episodes, generator: torch.Generator) -> Tensor:
@@ -28,25 +29,25 @@ def congruence(learner: MetaLearner, episodes: Episodes, generator: torch.Genera
 
     **Returns:** float64 `[T, 2]`, on the CPU.
     """
-    lower = learner.lower
+    lower = learner.inner_loop
     duplicate = lower.validation == "duplicate"
     tasks = engine.batch(replace(lower, validation="augment") if duplicate else lower, episodes, generator)
     shared, found = shared_parameters(lower), []
     with torch.no_grad():
         params, memory = initial_state(lower)
-        for index in range(tasks.tasks):
+        for index in range(tasks.num_tasks):
             x, y, val_x, val_y = tasks.task(index).inner
             train = SupportLoss(lower.model, shared, x, y)
             val = SupportLoss(lower.model, shared, val_x, val_y)
             used = None if duplicate else val
-            after, _ = inner.step(lower.rule, params, memory, train, used, lower.lr, autograd_gradient)
+            after, _ = inner_step.step(lower.rule, params, memory, train, used, lower.lr, autograd_gradient)
             found.append([_cosine(lower.rule, point, train, val) for point in (params, after)])
     return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 def _cosine(rule: Rule, params: Params, train: Loss, val: Loss) -> float:
-    ascent = perturb.sam(params, autograd_gradient(val, params), rule.radii[1], adaptive=rule.adaptive)
-    first, second = autograd_gradient(train, params), autograd_gradient(val, perturb.add(params, ascent))
+    ascent = perturbations.sam(params, autograd_gradient(val, params), rule.radii[1], adaptive=rule.adaptive)
+    first, second = autograd_gradient(train, params), autograd_gradient(val, perturbations.add(params, ascent))
     product = sum(
         ((first[name].double() * second[name].double()).sum() for name in first), torch.zeros((), device="cpu")
     )
@@ -54,4 +55,4 @@ def _cosine(rule: Rule, params: Params, train: Loss, val: Loss) -> float:
 
 
 def _norm(gradient: Params) -> Tensor:
-    return perturb.norm({name: value.double() for name, value in gradient.items()})
+    return perturbations.norm({name: value.double() for name, value in gradient.items()})

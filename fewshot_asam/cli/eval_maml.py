@@ -17,18 +17,18 @@ from fewshot_asam.cli.surroundings import importing
 with importing():
     from torch import Tensor
 
-    from fewshot_asam import distributed
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
-    from fewshot_asam.config import TrainConfig, require_count, require_seed
     from fewshot_asam.errors import FewShotError
-    from fewshot_asam.evaluate import interval, paired_difference
-    from fewshot_asam.identity import data, identify, require_same_everywhere, shared
-    from fewshot_asam.inner import RuleName
-    from fewshot_asam.memory import keep_freed_memory
-    from fewshot_asam.prepare import load_data, resolve_device
-    from fewshot_asam.runs import stored_settings
-    from fewshot_asam.train import result_text
-    from fewshot_asam.trainer import best_learner, evaluated
+    from fewshot_asam.rules.inner_step import RuleName
+    from fewshot_asam.runtime import distributed
+    from fewshot_asam.runtime.allocator import keep_freed_memory
+    from fewshot_asam.training.build import load_data, resolve_device
+    from fewshot_asam.training.config import TrainConfig, require_count, require_seed
+    from fewshot_asam.training.evaluation import interval, paired_difference
+    from fewshot_asam.training.identity import data, identify, require_same_everywhere, shared
+    from fewshot_asam.training.loop import result_text
+    from fewshot_asam.training.run_folder import stored_settings
+    from fewshot_asam.training.state import best_learner, evaluated
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ def command(argv: Sequence[str]) -> None:
     accuracies: dict[str, Tensor] = {}
     for folder, config in to_test.items():
         accuracies[folder] = evaluated(learners[folder], config, dataset.test, test.tasks, test.seed)
-        distributed.say(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}")
+        distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])
-        distributed.say(f"{first} minus {second}: {difference} (paired, the same {test.tasks} tasks)")
+        distributed.print_rank0(f"{first} minus {second}: {difference} (paired, the same {test.tasks} tasks)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

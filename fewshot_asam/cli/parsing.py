@@ -15,12 +15,12 @@ from typing import Any, NoReturn, get_type_hints
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from fewshot_asam import distributed
 from fewshot_asam.cli.surroundings import end_process, lasting_streams, lost
-from fewshot_asam.distributed import PeerLost
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.settings import expanded, explained, nearest, read_yaml, require_known, require_plain
-from fewshot_asam.stop import Stopped
+from fewshot_asam.runtime import distributed
+from fewshot_asam.runtime.distributed import PeerLost
+from fewshot_asam.runtime.signals import Stopped
+from fewshot_asam.runtime.yaml_settings import expanded, explained, nearest, read_yaml, require_known, require_plain
 
 LONGEST = 2000
 """Characters of an error; what is longer loses its middle."""

@@ -1,7 +1,7 @@
 """`reproduce_maml`: run plans of experiments, write a ledger of them, render it as a page.
 
-reproduce_maml plans/small.yaml --data-root DATA
-reproduce_maml plans/small.yaml plans/paper.yaml --render
+reproduce_maml experiments/small.yaml --data-root DATA
+reproduce_maml experiments/small.yaml experiments/paper.yaml --render
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fewshot_asam.cli.surroundings import importing
 with importing():
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
     from fewshot_asam.errors import FewShotError
-    from fewshot_asam.memory import keep_freed_memory
     from fewshot_asam.reproduce.page import write_page
     from fewshot_asam.reproduce.plan import cells, read_plan
-    from fewshot_asam.reproduce.queue import Place, work
+    from fewshot_asam.reproduce.runner import Place, work
+    from fewshot_asam.runtime.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from dataclasses import asdict, fields
 from fewshot_asam.cli.surroundings import importing
 
 with importing():
-    from fewshot_asam import config as configs
-    from fewshot_asam import distributed
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
-    from fewshot_asam.config import TrainConfig
     from fewshot_asam.errors import FewShotError
-    from fewshot_asam.memory import keep_freed_memory
-    from fewshot_asam.runs import stored_settings
-    from fewshot_asam.train import train
+    from fewshot_asam.runtime import distributed
+    from fewshot_asam.runtime.allocator import keep_freed_memory
+    from fewshot_asam.training import config as configs
+    from fewshot_asam.training.config import TrainConfig
+    from fewshot_asam.training.loop import train
+    from fewshot_asam.training.run_folder import stored_settings
 
 
 def _parser(defaults: TrainConfig) -> Parser:
@@ -49,7 +49,7 @@ def _given(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
 
 def command(argv: Sequence[str]) -> None:
     """Parses the arguments and trains."""
-    config, resume = distributed.agreed(lambda: _given(argv))
+    config, resume = distributed.all_succeed(lambda: _given(argv))
     keep_freed_memory()
     train(config, resume)
 

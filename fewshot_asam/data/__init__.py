@@ -11,7 +11,7 @@ import torch
 
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.settings import expanded
+from fewshot_asam.runtime.yaml_settings import expanded
 
 __all__ = ["DATASETS", "Dataset", "ImageSet", "load_dataset"]
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.files import open_regular
-from fewshot_asam.paths import cache_dir
+from fewshot_asam.runtime.cache_folder import cache_dir
+from fewshot_asam.runtime.files import open_regular
 
 TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""

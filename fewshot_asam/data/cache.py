@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.files import require_regular
-from fewshot_asam.paths import cache_dir
+from fewshot_asam.runtime.cache_folder import cache_dir
+from fewshot_asam.runtime.files import require_regular
 
 SPLITS = ("train", "val", "test")
 

@@ -21,7 +21,7 @@ from fewshot_asam.data.archives import decode_image, list_tree, read_file
 from fewshot_asam.data.cache import SPLITS, cached, fingerprint
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.files import open_regular
+from fewshot_asam.runtime.files import open_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LARGEST_SIDE = 10_000

@@ -21,7 +21,7 @@ from fewshot_asam.data.hdf5 import own_member, read_bytes
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.data.pickles import load_plain
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.files import open_regular
+from fewshot_asam.runtime.files import open_regular
 
 
 class Sizes(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.files import open_regular
+from fewshot_asam.runtime.files import open_regular
 
 PLAIN = "only numpy arrays, dict, list, tuple, str, bytes, int, float, bool and None"
 MOST = 1_000_000

@@ -1,4 +1,4 @@
-"""How a batch of tasks is run. `task` says what is computed, `ways` how, `choice` which way, `capture` for replay."""
+"""How a batch of tasks is run. `task` says what is computed, `ways` how, `choice` which mode, `capture` for replay."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_asam.engine.choice import Choice, EngineName, Tasks, choose, measured
-from fewshot_asam.engine.task import Batch, LowerLevel, batch, initial_parameters, predict
-from fewshot_asam.engine.ways import Way, run
+from fewshot_asam.engine.execution import ExecutionMode, run
+from fewshot_asam.engine.inner_loop import Batch, InnerLoop, batch, initial_parameters, predict
+from fewshot_asam.engine.selection import Batching, Choice, EngineName, choose, measured
 
 __all__ = [
     "Batch",
+    "Batching",
     "Choice",
     "EngineName",
-    "LowerLevel",
+    "ExecutionMode",
+    "InnerLoop",
     "MetaOutput",
-    "Tasks",
-    "Way",
     "batch",
     "choose",
     "initial_parameters",
@@ -37,30 +37,30 @@ class MetaOutput(NamedTuple):
     accuracy: Tensor
 
 
-def meta_loss(lower: LowerLevel, tasks: Batch, steps: int, way: Way) -> MetaOutput:
+def meta_loss(inner_loop: InnerLoop, tasks: Batch, steps: int, mode: ExecutionMode) -> MetaOutput:
     """Adapts to each task's support set and evaluates its queries.
 
     `loss` can be differentiated with respect to the model's parameters; under `torch.no_grad` no graph is built.
     """
-    found = list(run(lower, tasks, steps, way))
-    if way.tasks == "vmap":
+    found = list(run(inner_loop, tasks, steps, mode))
+    if mode.batching == "vmap":
         losses, logits = found[0]
     else:
         losses, logits = (torch.stack(column) for column in zip(*found, strict=True))
     return MetaOutput(losses.mean(), logits, _accuracy(logits, tasks.query[1]))
 
 
-def meta_backward(lower: LowerLevel, tasks: Batch, steps: int, way: Way) -> MetaOutput:
+def meta_backward(inner_loop: InnerLoop, tasks: Batch, steps: int, mode: ExecutionMode) -> MetaOutput:
     """`meta_loss(...).loss.backward()`, but one by one each task's graph is freed before the next is built.
 
     **Returns:** the output without its graph; gradients are added to the parameters' `.grad`.
     """
     losses, logits = [], []
-    for loss, task_logits in run(lower, tasks, steps, way):
-        (loss.sum() / tasks.tasks).backward()  # type: ignore[no-untyped-call]
+    for loss, task_logits in run(inner_loop, tasks, steps, mode):
+        (loss.sum() / tasks.num_tasks).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         logits.append(task_logits.detach())
-    if way.tasks == "vmap":
+    if mode.batching == "vmap":
         loss, all_logits = losses[0], logits[0]
     else:
         loss, all_logits = torch.stack(losses), torch.stack(logits)

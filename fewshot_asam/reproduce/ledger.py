@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewshot_asam.config import plain
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.reproduce.plan import WITHOUT_EFFECT, Cell, Test
 from fewshot_asam.reproduce.schema import cell_problem, test_problem, unpacked
+from fewshot_asam.training.config import plain
 
 Record = dict[str, Any]
 FILE = "ledger.jsonl"

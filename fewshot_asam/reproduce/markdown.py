@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fewshot_asam.evaluate import Interval
 from fewshot_asam.reproduce.statistics import Spread
+from fewshot_asam.training.evaluation import Interval
 
 NOTHING = "–"
 

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from fewshot_asam.checkpoint import write_text
-from fewshot_asam.evaluate import interval
-from fewshot_asam.reproduce import answers, ledger, plots
-from fewshot_asam.reproduce.found import Found, Looked, cosines_of, look_up, machine, seconds
+from fewshot_asam.reproduce import claims, ledger, plots
 from fewshot_asam.reproduce.markdown import NOTHING, block, cosine, figure, percent, picture, table, text
 from fewshot_asam.reproduce.plan import Plan, adaptation_command, cells, command
-from fewshot_asam.reproduce.queue import FEWER
+from fewshot_asam.reproduce.radius_sweeps import sweeps
+from fewshot_asam.reproduce.runner import FEWER
+from fewshot_asam.reproduce.section_results import Found, Looked, cosines_of, look_up, machine, seconds
 from fewshot_asam.reproduce.statistics import over_seeds
-from fewshot_asam.reproduce.sweeps import sweeps
+from fewshot_asam.training.checkpoint import write_text
+from fewshot_asam.training.evaluation import interval
 
 INTRODUCTION = """# Do the published claims hold?
 
@@ -48,8 +48,8 @@ def write_page(plans: Sequence[Plan], results: Path) -> None:
 
 def render(looked: Looked) -> str:
     """The page as text."""
-    parts = [INTRODUCTION.format(plans=" ".join(f"plans/{plan.path.name}" for plan, _ in looked))]
-    parts += answers.render(looked)
+    parts = [INTRODUCTION.format(plans=" ".join(f"experiments/{plan.path.name}" for plan, _ in looked))]
+    parts += claims.render(looked)
     for plan, sections in looked:
         parts += _plan(plan, sections)
     return "\n".join(parts)

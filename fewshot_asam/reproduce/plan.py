@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewshot_asam.config import TrainConfig, changed, from_plain, plain, require_count, require_seed
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.settings import nearest, read_yaml, require_known
+from fewshot_asam.runtime.yaml_settings import nearest, read_yaml, require_known
+from fewshot_asam.training.config import TrainConfig, changed, from_plain, plain, require_count, require_seed
 
 PLAN = ("seeds", "defaults", "tests", "rules", "sections")
 """What a plan must say: seeds, settings of every cell, tests and rules by name, and the sections made of them."""
@@ -27,7 +27,7 @@ ELSEWHERE = ("data_root", "output_dir", "device", "max_minutes", "seed")
 """Settings that a plan has no say in: those of a place, and the seed, which has a list of its own."""
 WITHOUT_EFFECT = (
     *("data_root", "output_dir", "device", "max_minutes", "checkpoint_every", "test_tasks", "congruence_tasks"),
-    *("engine", "compiled", "recompute", "cuda_graph"),
+    *("engine", "torch_compile", "recompute", "cuda_graph"),
 )
 """Settings that leave a run's weights as they are, up to rounding."""
 FIRST_DEFAULTS = {"init": "xavier", "head_init": "default"}

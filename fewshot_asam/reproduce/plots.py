@@ -9,11 +9,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fewshot_asam.checkpoint import write_atomically
-from fewshot_asam.reproduce.found import Found, Looked, Runs
 from fewshot_asam.reproduce.plan import Plan, Section
+from fewshot_asam.reproduce.radius_sweeps import Family, sweeps
+from fewshot_asam.reproduce.section_results import Found, Looked, Runs
 from fewshot_asam.reproduce.statistics import Spread
-from fewshot_asam.reproduce.sweeps import Family, sweeps
+from fewshot_asam.training.checkpoint import write_atomically
 
 
 def draw(looked: Looked, folder: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from fewshot_asam.config import TrainConfig
-from fewshot_asam.inner import RuleName
 from fewshot_asam.reproduce.plan import MOST_TASKS
+from fewshot_asam.rules.inner_step import RuleName
+from fewshot_asam.training.config import TrainConfig
 
 Counts = np.ndarray[Any, np.dtype[np.uint16]]
 SETTINGS = {field.name for field in fields(TrainConfig)}

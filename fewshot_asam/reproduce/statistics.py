@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_asam.evaluate import Interval, interval, paired_difference
+from fewshot_asam.training.evaluation import Interval, interval, paired_difference
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, 97.5th percentile, for 1 to 9 degrees of freedom."""

@@ -1,0 +1,188 @@
+"""The block as autograd functions: a 3x3 convolution, and the tail that `norm_relu_pool.cpp` computes.
+
+Each is a pair, the function and its gradient, whose own gradient is written out as well. That is what MAML needs;
+derivatives beyond the second go through PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fewshot_asam.models.cpu_kernels import input_block
+from fewshot_asam.models.cpu_kernels.build import library
+from fewshot_asam.models.cpu_kernels.ctypes_call import call, channels_last, doubles, pooled
+from fewshot_asam.models.cpu_kernels.reference import gradient_of_gradient, plain_tail
+from fewshot_asam.models.cpu_kernels.signatures import KINDS
+
+_enabled = ContextVar("fused blocks", default=True)
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Blocks run in plain PyTorch within."""
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def available() -> bool:
+    """Whether the compiled functions are there and wanted."""
+    return _enabled.get() and library() is not None
+
+
+def applies(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether `conv_block` can take images `x` and `parameters` of the same precision.
+
+    That is so on a CPU where each operation is to be computed and nothing else: see `_observed`.
+    """
+    return (
+        not _observed()
+        and x.dtype in KINDS
+        and x.dim() == 4
+        and all(_plain(value) and value.dtype == x.dtype for value in (x, *parameters))
+        and len(x) > 0
+        and min(x.shape[-2:]) >= 2
+        and available()
+    )
+
+
+def _plain(value: Tensor) -> bool:
+    """Whether it has numbers in the CPU's memory, unlike sparse and fake tensors and those without storage."""
+    return (
+        value.device.type == "cpu"
+        and value.layout == torch.strided
+        and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+def _observed() -> bool:
+    """Whether PyTorch has to see each operation: to transform, differentiate forwards, cast, record or count it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._is_tracing()
+        or _get_current_dispatch_mode() is not None
+    )
+
+
+def conv_block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """3x3 convolution of padding 1, batch norm on batch statistics, ReLU and 2x2 max-pooling.
+
+    **Arguments:**
+
+    - `x`: `[n, C, H, W]`; `weight`: `[D, C, 3, 3]`; `gamma`, `beta`: the norm's weight and bias `[D]`.
+
+    **Returns:** `[n, D, H // 2, W // 2]`, channels-last in memory, as are all tensors inside.
+    """
+    if input_block.applies(x, weight):
+        return input_block.block(x, weight, gamma, beta, eps)
+    y: Tensor = _Conv.apply(channels_last(x), weight)
+    return _Tail.apply(channels_last(y), gamma, beta, eps)  # type: ignore[no-any-return]
+
+
+def _conv(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1)
+
+
+def _conv_backward(gy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> list[Tensor | None]:
+    """Gradients of `_conv` with respect to `x` and `weight`."""
+    ones, zeros = [1, 1], [0, 0]
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        gy, x, weight, None, ones, ones, ones, False, zeros, 1, [*wanted, False]
+    )[:2]
+
+
+class _Conv(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _conv(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        return _ConvBackward.apply(gy, *ctx.saved_tensors, ctx.needs_input_grad)
+
+
+class _ConvBackward(Function):
+    """`(gy, x, weight) -> (gx, gweight)`, each None where it is not wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Any:
+        ctx.save_for_backward(gy, x, weight)
+        ctx.set_materialize_grads(False)
+        return tuple(_conv_backward(gy, x, weight, wanted))
+
+    @staticmethod
+    def backward(ctx: Any, hx: Tensor | None, hweight: Tensor | None) -> Any:
+        gy, x, weight = ctx.saved_tensors
+        _, wants_x, wants_weight, _ = ctx.needs_input_grad
+        ggy = gx = gweight = None
+        if hweight is not None:
+            ggy = _Conv.apply(x, hweight)
+            if wants_x:
+                gx = _ConvBackward.apply(gy, x, hweight, (True, False))[0]
+        if hx is not None:
+            from_x = _Conv.apply(channels_last(hx), weight)
+            ggy = from_x if ggy is None else ggy + from_x
+            if wants_weight:
+                gweight = _ConvBackward.apply(gy, hx, weight, (False, True))[1]
+        return ggy, gx, gweight, None
+
+
+class _Tail(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        best, out, place = pooled(y), pooled(y), pooled(y, torch.uint8)
+        statistics = doubles(y, 2, len(gamma))
+        call("tail_forward", y, eps, y, gamma.contiguous(), beta.contiguous(), best, out, place, *statistics)
+        ctx.save_for_backward(y, gamma, beta, best, place, statistics)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        y, gamma, beta, best, place, statistics = ctx.saved_tensors
+        g, y, best, place = map(channels_last, (g, y, best, place))
+        return *_TailBackward.apply(g, y, gamma, beta, best, place, statistics, ctx.eps), None
+
+
+class _TailBackward(Function):
+    """`(g, y, gamma, beta, ...) -> (gy, ggamma, gbeta)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, y: Tensor, gamma: Tensor, beta: Tensor, best: Tensor, place: Tensor, statistics: Tensor,
+        eps: float,
+    ) -> Any:  # fmt: skip
+        gy, sums = torch.empty_like(y), torch.empty_like(statistics)
+        call("tail_backward", y, g, place, best, y, gamma.contiguous(), *statistics, gy, sums)
+        ctx.save_for_backward(g, y, gamma, beta, best, place, statistics, sums)
+        ctx.eps = eps
+        gbeta, ggamma = sums.to(y.dtype)
+        return gy, ggamma, gbeta
+
+    @staticmethod
+    def backward(ctx: Any, hy: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
+        g, y, gamma, beta, best, place, statistics, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            tail = partial(plain_tail, eps=ctx.eps, place=place)
+            return *gradient_of_gradient(tail, (hy, hgamma, hbeta), g, y, gamma, beta), None, None, None, None
+        hy, g, y, best, place = map(channels_last, (hy, g, y, best, place))
+        gg, ggamma, gy = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(y)
+        given = (hgamma.contiguous(), hbeta.contiguous(), g, place, best, y, gamma.contiguous(), *statistics, sums)
+        call("tail_double_backward", y, hy, *given, gg, ggamma, gy)
+        return gg, gy, ggamma, None, None, None, None, None

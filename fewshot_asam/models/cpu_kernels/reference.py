@@ -1,0 +1,36 @@
+"""The block as PyTorch would write it, for derivatives beyond the second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+INACTIVE = 4
+"""As in `parallel_reduce.h`."""
+
+
+def plain_tail(y: Tensor, gamma: Tensor, beta: Tensor, eps: float, place: Tensor) -> Tensor:
+    """What `_Tail` computes, as PyTorch would write it, where `place` says which of a window's places was chosen.
+
+    To choose again would choose others where places are equal, and derivatives of different choices would be mixed.
+    """
+    var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0, keepdim=True)
+    normal = (y - mean) * torch.rsqrt(var + eps)
+    values = normal * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
+    height, width = place.shape[2:]
+    windows = values[..., : 2 * height, : 2 * width].unflatten(3, (width, 2)).unflatten(2, (height, 2))
+    four = windows.transpose(3, 4).flatten(4)  # [n, C, height, width, 4]
+    chosen = four.gather(4, place.long().clamp(max=3).unsqueeze(4)).squeeze(4)
+    return torch.where(place == INACTIVE, 0, chosen)
+
+
+def gradient_of_gradient(
+    block: Callable[..., Tensor], cotangents: tuple[Tensor, ...], g: Tensor, *values: Tensor
+) -> tuple[Tensor, ...]:
+    """For `cotangents` of the gradients of `block(*values)` by `g`: those of `g` and `values`, differentiable again."""
+    given = [value if value.requires_grad else value.detach().requires_grad_() for value in (g, *values)]
+    inputs = [value.view_as(value) for value in given]  # so that no path from one to another is followed
+    grads = torch.autograd.grad(block(*inputs[1:]), inputs[1:], inputs[0], create_graph=True)
+    return torch.autograd.grad(grads, inputs, cotangents, create_graph=True, allow_unused=True)

@@ -1,0 +1,192 @@
+"""The queue: trains and tests the cells that the ledger lacks, one after another, and can be stopped anywhere.
+
+A cell has a run folder of its own and goes on from its checkpoint. A test that is done is kept there too, so that
+nothing is computed twice however often the queue is stopped.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from signal import SIGALRM, Signals
+from typing import Any, Literal, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+
+from fewshot_asam.reproduce import ledger
+from fewshot_asam.reproduce.ledger import Record
+from fewshot_asam.reproduce.plan import ELSEWHERE, Cell, Test, adaptation_command, command
+from fewshot_asam.runtime.signals import Stop, Stopped, deadline
+from fewshot_asam.training import run_folder
+from fewshot_asam.training.build import load_data, resolve_device
+from fewshot_asam.training.config import TrainConfig, plain
+from fewshot_asam.training.evaluation import interval
+from fewshot_asam.training.identity import identify
+from fewshot_asam.training.loop import train
+from fewshot_asam.training.metrics import read_metrics
+from fewshot_asam.training.state import Diverged, best_learner, evaluated
+from fewshot_asam.version import __version__
+
+FEWER = 600
+"""Tasks that papers test on; the first ones of a longer test."""
+
+
+class Place(NamedTuple):
+    """Where cells are run: the folders of the data, of the results and of the runs, and the device."""
+
+    data_root: Path | None
+    results: Path
+    runs: Path
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def ledger(self) -> Path:
+        """The file that results are written to."""
+        return self.results / ledger.FILE
+
+
+def work(cells: Sequence[Cell], place: Place, minutes: float | None = None) -> None:
+    """Runs the cells that are not in the ledger yet, for so many minutes at most.
+
+    A cell that another process is at is left to it. A signal ends the queue as it ends a run of `train_maml`, with
+    everything saved, and raises `Stopped`; the end of the minutes does the same and returns.
+    """
+    commit()  # now, as the package's files may change while the queue runs
+    try:
+        with Stop() as stop, deadline(minutes):
+            for number, cell in enumerate(cells, 1):
+                stop.check()
+                _attend(cell, f"cell {number} of {len(cells)}, {cell.name}", place, stop)
+    except Stopped as stopped:
+        if stopped.number != SIGALRM:
+            name = Signals(stopped.number).name
+            raise Stopped(stopped.number, f"stopped by {name}; {_progress(cells, place)}") from stopped
+    print(_progress(cells, place), flush=True)
+
+
+def _progress(cells: Sequence[Cell], place: Place) -> str:
+    records = ledger.read_cells(place.ledger)
+    done = sum(ledger.is_done(cell, records) for cell in cells)
+    return f"{done} of {len(cells)} cells are done" + ("; the same command goes on" if done < len(cells) else "")
+
+
+def _attend(cell: Cell, name: str, place: Place, stop: Stop) -> None:
+    """Runs a cell unless it is done or another process is at it."""
+    if ledger.is_done(cell, ledger.read_cells(place.ledger)):
+        return
+    with _claimed(place.runs / f"{cell.name}.lock") as free:
+        if not free:
+            print(f"{name}: another process is at it", flush=True)
+        elif not ledger.is_done(cell, ledger.read_cells(place.ledger)):
+            print(name, flush=True)
+            ledger.append(place.ledger, run(cell, place, stop))
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether this process holds the lock, which the system releases when it ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def run(cell: Cell, place: Place, stop: Stop) -> Record:
+    """Trains and tests a cell, or what is left of that; its record for the ledger."""
+    folder = place.runs / cell.name
+    config = replace(cell.config, data_root=place.data_root, output_dir=folder, device=place.device)
+    try:
+        if not (folder / "summary.json").exists():
+            train(config, resume=(folder / "config.yaml").exists(), stop=stop)
+    except Diverged as error:
+        return _heading(cell) | {"diverged": str(error), "tests": []}
+    tests = _tests(cell, config, folder, stop)
+    return _heading(cell) | _training(folder) | {"tests": tests}
+
+
+def _heading(cell: Cell) -> Record:
+    """What is known of a cell before it is run, and by what it is."""
+    settings = {name: value for name, value in plain(cell.config).items() if name not in ELSEWHERE}
+    versions = {"package": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    head: Record = {"cell": cell.name, "command": command(cell.config), "commit": commit(), "versions": versions}
+    return head | {"seed": cell.config.seed, "settings": settings}
+
+
+def _training(folder: Path) -> Record:
+    """What the ledger keeps of a finished training: its summary, and the courses of validation and congruence."""
+    summary, rows = run_folder.read_summary(folder), read_metrics(folder)
+    names = ["device", "engine", "processes", "iterations", "best_iteration", "val_accuracy", "wall_seconds"]
+    names += [name for name in summary if name.startswith(("test_", "last_test_"))]
+    found: Record = {name: summary[name] for name in names}
+    seconds = {row["iteration"]: row["seconds"] for row in rows if "seconds" in row}
+    validations = [row for row in rows if "val_accuracy" in row]
+    course: Record = {
+        "iteration": [row["iteration"] for row in validations],
+        "seconds": [round(seconds[row["iteration"]], 1) for row in validations],
+        "accuracy": [round(row["val_accuracy"], 5) for row in validations],
+    }
+    for name in ("congruence_before", "congruence_after"):
+        if all(name in row for row in validations):
+            course[name] = [round(row[name], 5) for row in validations]
+    return found | {"threads": torch.get_num_threads(), "validation": course}
+
+
+def _tests(cell: Cell, config: TrainConfig, folder: Path, stop: Stop) -> list[Record]:
+    """The records of a cell's tests, of which those that the folder has already are not repeated."""
+    file = folder / "tests.jsonl"
+    found: Record = {"tests": ledger.read_tests(file)}
+    missing = [test for test in cell.tests if ledger.find(found, test) is None]
+    dataset = load_data(config, resolve_device(config.device)) if missing else None
+    for test in missing:
+        stop.check()
+        assert dataset is not None
+        ledger.append(file, _tested(test, config, folder, dataset, stop.check))
+    found = {"tests": ledger.read_tests(file)}
+    return [record for test in cell.tests if (record := ledger.find(found, test)) is not None]
+
+
+def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between: Callable[[], object]) -> Record:
+    started = time.monotonic()
+    adaptation: dict[str, Any] = {"inner": test.inner, "inner_steps": test.inner_steps, "inner_lr": test.inner_lr}
+    adapting = replace(config, **adaptation)
+    learner = best_learner(folder, adapting, dataset, identify(config, dataset))
+    found = evaluated(learner, adapting, dataset.test, test.tasks, between=between)
+    record: Record = {"command": adaptation_command(test._asdict())}
+    record |= adaptation | {"rule": adapting.rule_text, "norm": config.norm, "queries": config.queries}
+    for tasks in sorted({min(FEWER, test.tasks), test.tasks}):
+        mean, half_width = interval(found[:tasks])
+        record[f"of_{tasks}"] = {"mean": round(mean, 6), "ci95": round(half_width, 6)}
+    images = config.ways * config.queries
+    record |= {"tasks": test.tasks, "query_images": images, "right": ledger.pack(found, images)}
+    return record | {"seconds": round(time.monotonic() - started, 1)}
+
+
+@cache
+def commit() -> str:
+    """The last commit that changed this package, and whether it was changed since; `unknown` outside a repository.
+
+    As it was when this was first asked.
+    """
+    own = Path(__file__).parents[1]
+    try:
+        last, changes = (
+            subprocess.run(["git", "-C", str(own), *words, "--", "."], capture_output=True, text=True, check=True)
+            for words in (["log", "-1", "--format=%h"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return (last.stdout.strip() or "unknown") + (" with changes" if changes.stdout.strip() else "")

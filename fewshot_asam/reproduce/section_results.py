@@ -1,0 +1,141 @@
+"""What the ledger holds of a plan's sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fewshot_asam.reproduce import ledger
+from fewshot_asam.reproduce.ledger import Record
+from fewshot_asam.reproduce.plan import Plan, Section, Test, resolved
+from fewshot_asam.reproduce.statistics import Comparison, Spread, compare, over_seeds
+from fewshot_asam.training.config import TrainConfig
+
+Runs = dict[int, Record]
+"""The records of a rule's runs by seed."""
+
+
+class Found(NamedTuple):
+    """A section and its runs by rule; `diverged` and `missing` hold the rule and seed of runs or tests that lack."""
+
+    section: Section
+    runs: dict[str, Runs]
+    diverged: list[tuple[str, int]]
+    missing: list[tuple[str, int]]
+
+    def test(self, rule: str, name: str) -> Test:
+        """A test of the section as a rule takes it."""
+        return resolved(self.section.tests[name], self.section.rules[rule])
+
+    @property
+    def main(self) -> str:
+        """The test that rules are compared by."""
+        return next(iter(self.section.tests))
+
+    def accuracies(self, rule: str, name: str, tasks: int | None = None) -> dict[int, Tensor]:
+        """A test's accuracies `[tasks]` by seed, all tasks that the section asks for or the first ones."""
+        test = self.test(rule, name)
+        tests = {seed: ledger.find(record, test) for seed, record in self.runs.get(rule, {}).items()}
+        return {seed: ledger.accuracies(t, tasks or test.tasks) for seed, t in tests.items() if t is not None}
+
+    def mean(self, rule: str, name: str, tasks: int | None = None) -> Spread | None:
+        """A test's mean accuracy over the seeds; None where no seed is done."""
+        values = [found.mean().item() for found in self.accuracies(rule, name, tasks).values()]
+        return over_seeds(values) if values else None
+
+    def paired(self, first: str, second: str) -> list[int]:
+        """The seeds that two rules have on the same kind of device, whose generators draw the same tasks."""
+        return _paired(self.runs.get(first, {}), self.runs.get(second, {}))
+
+    def difference(self, first: str, second: str) -> Comparison | None:
+        """One rule minus another in the test that rules are compared by; None where they share no seed."""
+        return difference((self, first), (self, second))
+
+    def time(self, first: str, second: str) -> Spread | None:
+        """One rule's seconds an iteration over another's, for the seeds that both have from the same machine."""
+        pairs = [(self.runs[first][seed], self.runs[second][seed]) for seed in self.paired(first, second)]
+        ratios = [seconds(one) / seconds(other) for one, other in pairs if machine(one) == machine(other)]
+        return over_seeds(ratios) if ratios else None
+
+    def congruence(self, rule: str, name: str) -> dict[int, float]:
+        """A congruence of the weights that were tested, by seed, from the validation that chose them."""
+        runs = {seed: run for seed, run in self.runs.get(rule, {}).items() if name in run["validation"]}
+        at = {seed: run["validation"]["iteration"].index(run["best_iteration"]) for seed, run in runs.items()}
+        return {seed: run["validation"][name][at[seed]] for seed, run in runs.items()}
+
+
+Ruled = tuple[Found, str]
+"""A section and one of its rules."""
+
+
+def difference(first: Ruled, second: Ruled) -> Comparison | None:
+    """`Found.difference` of rules that may stand in different sections, whose main tests must be the same."""
+    (one, ours), (other, theirs) = first, second
+    seeds = _paired(one.runs.get(ours, {}), other.runs.get(theirs, {}))
+    return compare(
+        of_seeds(seeds, one.accuracies(ours, one.main)), of_seeds(seeds, other.accuracies(theirs, other.main))
+    )
+
+
+Looked = Sequence[tuple[Plan, Sequence[Found]]]
+"""Plans, and their sections in the ledger."""
+
+
+def look_up(plans: Iterable[Plan], records: Mapping[str, Record]) -> Looked:
+    """What the ledger holds of these plans."""
+    return [(plan, [_look_up(section, records) for section in plan.sections]) for plan in plans]
+
+
+def _look_up(section: Section, records: Mapping[str, Record]) -> Found:
+    """The section's runs in the ledger, with whatever tests they have."""
+    found = Found(section, {}, [], [])
+    for rule in section.rules:
+        for seed in section.seeds:
+            cell = section.cell(rule, seed)
+            if not ledger.is_done(cell, records):
+                found.missing.append((rule, seed))
+            if cell.name in records and "diverged" in records[cell.name]:
+                found.diverged.append((rule, seed))
+            elif cell.name in records:
+                found.runs.setdefault(rule, {})[seed] = records[cell.name]
+    return found
+
+
+def seconds(record: Record) -> float:
+    """Seconds an iteration of training, validations included."""
+    return float(record["wall_seconds"] / record["iterations"])
+
+
+def machine(record: Record) -> str:
+    """What a run's time depends on."""
+    device = record["device"]
+    threads = f" ({record['threads']} threads)" if device == "cpu" else ""
+    return f"{device}{threads}, {record['engine']}, torch {record['versions']['torch']}"
+
+
+def _paired(one: Runs, other: Runs) -> list[int]:
+    return [seed for seed in one if seed in other and _on_cpu(one[seed]) == _on_cpu(other[seed])]
+
+
+def _on_cpu(record: Record) -> bool:
+    return bool(record["device"] == "cpu")
+
+
+def of_seeds(seeds: Sequence[int], accuracies: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The accuracies of these seeds alone, those that there are."""
+    return {seed: accuracies[seed] for seed in seeds if seed in accuracies}
+
+
+class Cosines(NamedTuple):
+    """How a run's congruence is taken: only what is taken alike can be compared."""
+
+    radius: str
+    validation: str
+
+
+def cosines_of(config: TrainConfig) -> Cosines:
+    """The radius of `theta_v` and the validation set of a run's congruence."""
+    radius = f"{config.rule.radii[1]:g}" + (" (ASAM)" if config.adaptive else "")
+    return Cosines(radius, "held out" if config.validation == "split" else "augmented copy")

@@ -1,0 +1,280 @@
+"""Everything that defines a training run, each setting with its default and unit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from fewshot_asam.engine import EngineName
+from fewshot_asam.engine.precision import Precision
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.learners import Norm
+from fewshot_asam.models import Adapt, ModelName
+from fewshot_asam.models.initialisation import Init
+from fewshot_asam.rules.inner_step import Rule, RuleName
+from fewshot_asam.rules.validation_sets import Validation
+from fewshot_asam.runtime.yaml_settings import conforming, explained, read_yaml, require_known, require_plain
+
+DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; the docstrings are the command line's help."""
+
+    inner: RuleName = "agnostic_sam"
+    """rule of the lower level (inner loop)"""
+    ways: int = 5
+    """classes in a task, N"""
+    shots: int = 1
+    """support images of each class, K"""
+    queries: int = 15
+    """query images of each class, Q"""
+
+    dataset: DatasetName = "glyphs"
+    """where the images come from; glyphs needs no download"""
+    data_root: Path | None = None
+    """folder that holds the dataset's files; without it they are downloaded where that is possible"""
+    image_size: int = 84
+    """side of the images of dataset folder, in pixels"""
+    split_csv: Path | None = None
+    """class,split table for dataset folder; without it classes are split by split_seed"""
+    split_seed: int = 0
+    """of the class split of dataset folder"""
+    split_fractions: tuple[float, float, float] = (0.64, 0.16, 0.2)
+    """parts of dataset folder's classes for training, validation and test"""
+    channels: Literal[1, 3] = 3
+    """of the images of dataset folder: 1 for grey, 3 for colour"""
+
+    model: ModelName = "conv4"
+    """network"""
+    hidden: int = 32
+    """filters of the network's first block"""
+    init: Init = "pytorch"
+    """initial weights: PyTorch's own (pytorch), Glorot's uniform ones (xavier), or a truncated normal of 0.02"""
+    head_init: Literal["default", "zeros", "zeros_every_task"] = "zeros_every_task"
+    """the head starts like the other layers, from zeros, or anew from zeros in every task, tests included"""
+    norm: Norm = "transductive"
+    """norm layers use the queries' own batch statistics (transductive) or the support set's (inductive)"""
+
+    inner_lr: float = 0.4
+    """inner learning rate, alpha"""
+    inner_steps: int = 1
+    """inner steps, in training and testing"""
+    rho: float = 5e-4
+    """radius of the perturbation"""
+    rho1: float | None = None
+    """Agnostic-SAM's radius on the training gradient; 2 * rho if not given"""
+    rho2: float | None = None
+    """Agnostic-SAM's radius on the validation gradient; rho if not given"""
+    validation: Validation = "duplicate"
+    """lower-level validation set: the support set again, an augmented copy, or a held-out part of it, on which no
+    rule then trains (with duplicate, Agnostic-SAM differs from Sharp-MAML_low of radius rho only by a term of order
+    rho squared)"""
+    val_grad_point: Literal["perturbed", "current"] = "perturbed"
+    """where the validation gradient of equation (5) is taken"""
+    val_norm: Literal["own", "current"] = "own"
+    """by which norm the validation gradient of equation (5) is divided"""
+    through_perturbation: bool = True
+    """the meta-gradient flows through the perturbation (false: the cheap form)"""
+    beta: float = 0.0
+    """momentum of the validation gradient over the inner steps of a task"""
+    adaptive: bool = False
+    """ASAM: scale each parameter's perturbation by its magnitude (its radius is about ten times SAM's)"""
+    adapt: Adapt = "all"
+    """parameters that the inner loop changes: all (MAML), head (ANIL), body (BOIL), no_norm"""
+    first_order: bool = False
+    """first-order meta-gradients (FOMAML)"""
+
+    iterations: int = 600
+    """meta-batches to train on"""
+    max_minutes: float | None = None
+    """stop training after so many minutes, whatever is left of the iterations"""
+    meta_batch_size: int = 4
+    """tasks in a meta-batch, T"""
+    meta_lr: float = 2e-3
+    """learning rate of Adam at the upper level"""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """course of meta_lr; cosine falls to 0 at the last iteration, or at the end of max_minutes if that comes first
+    (resumed with more iterations it is stretched)"""
+    clip_grad: float | None = None
+    """largest norm of the meta-gradient"""
+    validate_every: int = 100
+    """iterations between two validations; the best one's weights are kept"""
+    validate_tasks: int = 100
+    """tasks of a validation, the same ones each time"""
+    congruence_tasks: int = 0
+    """tasks of each validation on which the congruence of training and validation gradients is recorded; 0 for none"""
+    test_tasks: int = 600
+    """tasks of the test after training"""
+    checkpoint_every: int = 100
+    """iterations between two checkpoints"""
+
+    seed: int = 0
+    """of the initial weights and the training tasks"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one"""
+    engine: EngineName = "auto"
+    """tasks one by one (loop) or vectorised (vmap); auto goes by device and model, and times both on a CPU"""
+    torch_compile: bool = False
+    """compile the inner gradient and the query loss for training (torch.compile)"""
+    recompute: bool = False
+    """run each inner step anew in the backward pass: memory that does not grow with the number of steps"""
+    cuda_graph: bool = True
+    """on a GPU, record the whole iteration once and replay it"""
+    precision: Precision = "float32"
+    """of convolutions and matrix products: float32, tf32 (GPU), bfloat16 (autocast)"""
+    output_dir: Path | None = None
+    """run folder; if not given, a new one under runs/"""
+
+    def __post_init__(self) -> None:
+        kinds = _kinds()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is not None:
+                raise FewShotError(f"{field.name} is null; expected a value such as {field.default}")
+            object.__setattr__(self, field.name, conforming(field.name, value, kinds[field.name]))
+        for name in COUNTS:
+            require_count(name, getattr(self, name))
+        for name in ("image_size", "hidden", "inner_steps", "meta_batch_size"):
+            if getattr(self, name) > LARGEST_SIZE:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {LARGEST_SIZE:,}")
+        for name in ("validate_tasks", "test_tasks"):
+            require_count(name, getattr(self, name), 2)
+        require_count("congruence_tasks", self.congruence_tasks, 0)
+        if self.ways < 2:
+            raise FewShotError(f"ways is {self.ways}; expected at least 2")
+        for name in ("inner_lr", "meta_lr", "clip_grad", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < LARGEST_RATE:
+                raise FewShotError(f"{name} is {value}; expected a number above 0 and below {LARGEST_RATE:g}")
+        for name in ("rho", "rho1", "rho2"):
+            if (getattr(self, name) or 0) >= LARGEST_RATE:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected a radius below {LARGEST_RATE:g}")
+        for name in ("data_root", "split_csv", "output_dir"):
+            if UNWRITABLE.search(str(getattr(self, name))):
+                raise FewShotError(
+                    f"{name} is {str(getattr(self, name))!r}; expected a path that can be written as text"
+                )
+        for name in FOLDER_ONLY:
+            if self.dataset != "folder" and getattr(self, name) != getattr(TrainConfig, name):
+                raise FewShotError(f"{name} is given, but dataset is {self.dataset!r}; it is of dataset folder alone")
+        if self.validation == "split" and self.shots < 2:
+            raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
+        for name in ("seed", "split_seed"):
+            require_seed(name, getattr(self, name))
+        self.rule  # noqa: B018  its own checks
+
+    @property
+    def rule(self) -> Rule:
+        """The lower-level rule with its switches."""
+        names = {field.name for field in fields(Rule)} - {"name"}
+        return Rule(self.inner, **{name: getattr(self, name) for name in names})
+
+    @property
+    def rule_text(self) -> str:
+        """The rule with its radius, and every switch and start that is not as usual."""
+        usual = TrainConfig()
+        names = [*[field.name for field in fields(Rule)][2:], "validation", "adapt", "init", "head_init"]
+        changed = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != getattr(usual, name)]
+        radius = "" if self.inner == "maml" else f" of rho {self.rho:g}"
+        return ", ".join([self.inner + radius, *changed])
+
+    @property
+    def title(self) -> str:
+        """The run in a few words, fit for a file name."""
+        return f"{self.dataset}-{self.ways}w{self.shots}s-{self.inner}-seed{self.seed}"
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
+
+
+COUNTS = (
+    *("ways", "shots", "queries", "image_size", "hidden", "inner_steps"),
+    *("iterations", "meta_batch_size", "validate_every", "checkpoint_every"),
+)
+"""Settings that count something, of which there must be one at least."""
+
+
+FOLDER_ONLY = ("image_size", "split_csv", "split_seed", "split_fractions", "channels")
+"""Settings that no other dataset heeds."""
+LARGEST_COUNT = 10**9
+LARGEST_SIZE = 10_000
+"""Pixels of a side, filters of a layer, inner steps or tasks of a meta-batch: more fit no memory."""
+LARGEST_RATE = 1e30
+"""What fits a single-precision number with room to spare."""
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and bytes of a path that are no UTF-8."""
+
+
+def require_count(name: str, value: int, least: int = 1) -> None:
+    """Raises `FewShotError` where there are fewer than `least`, or more than anyone waits for."""
+    if not least <= value <= LARGEST_COUNT:
+        why = ", for an interval" if least == 2 else ""
+        raise FewShotError(f"{name} is {value}; expected at least {least}{why} and at most {LARGEST_COUNT:,}")
+
+
+def require_seed(name: str, value: int) -> None:
+    """Raises `FewShotError` where PyTorch's generators take no such seed."""
+    if not 0 <= value < 2**63:
+        raise FewShotError(f"{name} is {value}; expected at least 0 and below 2**63")
+
+
+def located(config: TrainConfig) -> TrainConfig:
+    """The settings with the data's whole paths, so that they hold in another folder too."""
+    found = {name: value.absolute() for name in ("data_root", "split_csv") if (value := getattr(config, name))}
+    return replace(config, **found)
+
+
+def changed(config: TrainConfig) -> dict[str, Any]:
+    """The settings that are not as by default, as numbers, strings and lists."""
+    usual = plain(TrainConfig())
+    return {name: value for name, value in plain(config).items() if value != usual[name]}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as YAML."""
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The settings as numbers, strings and lists."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+
+
+def from_yaml(path: Path) -> TrainConfig:
+    """The settings that `to_yaml` wrote; raises `FewShotError` naming a file that is not of that kind."""
+    read = read_yaml(path)
+    names = [field.name for field in fields(TrainConfig)]
+    require_known(read, names, f"{path} is of another version")
+    if missing := [name for name in names if name not in read]:
+        raise FewShotError(f"{path} lacks {', '.join(missing)}; it was cut short or is of another version")
+    return from_plain(read, str(path))
+
+
+def from_plain(values: Mapping[str, object], origin: str) -> TrainConfig:
+    """The settings given as numbers, strings and lists, the others by default; `origin` is said in errors."""
+    require_known(values, [field.name for field in fields(TrainConfig)], origin)
+    for name, value in values.items():
+        require_plain(f"{origin}: {name}", value)
+    try:
+        return TrainConfig(**_parser().parse_object(dict(values)).as_dict())
+    except (ArgumentError, FewShotError, TypeError, ValueError) as error:
+        reason = explained(str(error), _kinds())
+        raise FewShotError(f"{origin} does not hold the settings of a run ({reason})") from error
+
+
+@cache
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    return parser
