@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fewshot_asam import engine
 from fewshot_asam.analysis.congruence import congruence
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import Episodes, EpisodeSampler
