@@ -6,7 +6,7 @@ All start from the same weights and see the same episodes, so that their losses 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from fewshot_asam.engine.cuda_graph import CudaGraphed, CudaGraphs
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import build_model
-from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.rules import rule_class
 
 NAMES = {"blocks": "features", "norm": "normalize", "head": "classifier"}
 """Our names of Conv4's parts to learn2learn's; both call a convolution `conv`."""
@@ -125,7 +125,9 @@ def _ours(preset: Preset) -> nn.Module:
 def _our_run(contestant: Contestant, model: nn.Module, batch: Episodes, steps: int) -> Built:
     switches: Any = {"rho": contestant.rho, "through_perturbation": contestant.through_perturbation}
     rule, engine = contestant.rule, contestant.engine
-    learner = MetaLearner(model, learn2learn_reference.LR, Rule(rule, **switches), engine=engine)  # type: ignore[arg-type]
+    kind: Any = rule_class(rule)
+    own = {field.name: switches[field.name] for field in fields(kind) if field.name in switches}
+    learner = MetaLearner(model, learn2learn_reference.LR, kind(**own), engine=engine)  # type: ignore[arg-type]
 
     def meta_gradient(tasks: Batch) -> Tensor:
         learner.zero_grad()

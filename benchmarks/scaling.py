@@ -66,7 +66,7 @@ def iteration(rule: Any, preset: dict[str, Any], device: str) -> Callable[[], di
     from benchmarks import learn2learn_reference
     from fewshot_asam.learners import MetaLearner
     from fewshot_asam.models import build_model
-    from fewshot_asam.rules.inner_step import Rule
+    from fewshot_asam.rules import rule_class
     from fewshot_asam.runtime import distributed
     from fewshot_asam.training import meta_step
     from fewshot_asam.training.build import resolve_device
@@ -76,7 +76,7 @@ def iteration(rule: Any, preset: dict[str, Any], device: str) -> Callable[[], di
     distributed.joined().__enter__()
     place = resolve_device(device)
     model = build_model("conv4", problem.ways, problem.image_shape, problem.hidden, seed=0).to(place)
-    learner = MetaLearner(model, learn2learn_reference.LR, Rule(rule))
+    learner = MetaLearner(model, learn2learn_reference.LR, rule_class(rule)())
     config = TrainConfig(inner_steps=problem.steps, meta_lr=1e-4)
     iterate = meta_step.iteration(learner, meta_step.optimizer(learner, config), config)
     batch = episodes(problem, place)

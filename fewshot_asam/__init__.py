@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fewshot_asam.episodes import Episodes, EpisodeSampler
     from fewshot_asam.learners import MAML, MetaAgnosticSAM, MetaLearner, SharpMAML
     from fewshot_asam.models import Conv4, ResNet12
+    from fewshot_asam.rates import LearnedRates
     from fewshot_asam.training.config import TrainConfig
     from fewshot_asam.training.evaluation import evaluate
     from fewshot_asam.training.loop import train
@@ -24,6 +25,7 @@ __all__ = [
     "Episodes",
     "FewShotError",
     "ImageSet",
+    "LearnedRates",
     "MetaAgnosticSAM",
     "MetaLearner",
     "ResNet12",
@@ -40,6 +42,7 @@ _ROOMS = {
     "episodes": ("EpisodeSampler", "Episodes"),
     "learners": ("MAML", "MetaAgnosticSAM", "MetaLearner", "SharpMAML"),
     "models": ("Conv4", "ResNet12"),
+    "rates": ("LearnedRates",),
     "training.config": ("TrainConfig",),
     "training.evaluation": ("evaluate",),
     "training.loop": ("train",),

@@ -9,28 +9,32 @@ out = learner.meta_loss(episodes, steps=5)      # the same for a batch of tasks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot_asam import engine as engines
-from fewshot_asam.clones import Task, whole_steps
-from fewshot_asam.engine import Batch, EngineName, ExecutionMode, InnerLoop, MetaOutput
-from fewshot_asam.engine.functional import FunctionalModel, exclusive
+from fewshot_asam.clones import Task, whole_steps, with_options
+from fewshot_asam.engine import Batch, EngineName, ExecutionMode, InnerLoop, MetaOutput, Objective
+from fewshot_asam.engine.functional import exclusive
 from fewshot_asam.episodes import Episodes
-from fewshot_asam.errors import FewShotError, require_one_of
-from fewshot_asam.models import Adapt, adapted_names, require_replaceable, require_stateless, takes_support
-from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.models import Adapt
+from fewshot_asam.rules import Rule
+from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
+from fewshot_asam.rules.maml import MAMLRule
+from fewshot_asam.rules.sharp_maml_low import SharpMAMLRule
 from fewshot_asam.rules.validation_sets import Validation
+from fewshot_asam.verification.settings import InnerRate, Norm, checked_inner_loop
 from fewshot_asam.verification.trials import Trials
 
-Norm = Literal["transductive", "inductive"]
 Run = Callable[[InnerLoop, Batch, int, ExecutionMode], MetaOutput]
-_SWITCHES = {field.name for field in fields(Rule)} - {"name"}
+StepWeights = Sequence[float] | Tensor
+_SWITCHES = {field.name for kind in (SharpMAMLRule, AgnosticSAMRule) for field in fields(kind)}
 
 
 class MetaLearner(nn.Module):
@@ -39,8 +43,9 @@ class MetaLearner(nn.Module):
     **Arguments:**
 
     - `model`: any `nn.Module` from images to logits; its norm layers must not move running statistics.
-    - `lr`: inner learning rate alpha; an `nn.Parameter` of one number is meta-learned with the model.
-    - `rule`: the lower-level step with its switches.
+    - `lr`: inner learning rate alpha; an `nn.Parameter` of one number is meta-learned with the model, and so are
+      `LearnedRates`, which are of this learner's `parameters()` and `state_dict()` too.
+    - `rule`: the lower-level step with its settings, one of `fewshot_asam.rules` or one's own.
     - `adapt`: which parameters the inner loop changes: `all` (MAML), `head` (ANIL: the last layer), `body` (BOIL: all
       but the last layer), `no_norm` (norm layers are meta-learned only, as in Sharp-MAML's code), or a list of names
       and patterns such as `["fc.*"]`. `adapted` says which they are.
@@ -50,6 +55,8 @@ class MetaLearner(nn.Module):
     - `norm`: `transductive` (queries are normalised together) or `inductive` (with the support set's statistics).
     - `zero_head`: the head, the last layer or what is named as for `adapt`, starts every task from zeros and is not
       meta-learned (the zeroing trick of Kao et al., 2022): how a task numbers its classes then changes nothing.
+    - `first_order`: the inner gradients are constants (FOMAML, and the same of the other rules).
+    - `loss`: a function of predictions and labels, of support and query sets alike.
     - `engine`: how `meta_loss` runs: `loop` over tasks, `vmap`, or `auto`, which chooses by device and model.
     - `torch_compile`: whether the inner gradient and the query loss are compiled by `torch.compile` for training.
     - `recompute`: whether the backward pass runs each inner step anew, so that memory does not grow with the steps.
@@ -65,13 +72,15 @@ class MetaLearner(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | nn.Parameter,
+        lr: InnerRate,
         rule: Rule,
         *,
         adapt: Adapt | Sequence[str] = "all",
         validation: Validation = "duplicate",
         norm: Norm = "transductive",
         zero_head: bool | Sequence[str] = False,
+        first_order: bool = False,
+        loss: Objective = F.cross_entropy,
         engine: EngineName = "auto",
         torch_compile: bool = False,
         recompute: bool = False,
@@ -85,6 +94,8 @@ class MetaLearner(nn.Module):
         self.validation = validation
         self.norm = norm
         self.zero_head = zero_head
+        self.first_order = first_order
+        self.loss = loss
         self.engine = engine
         self.torch_compile = torch_compile
         self.recompute = recompute
@@ -92,23 +103,30 @@ class MetaLearner(nn.Module):
         self._inner_loop: InnerLoop | None = None
         self._settings: tuple[Any, ...] = ()
         self._trials: Trials | None = None
+        self._other: tuple[InnerLoop, InnerLoop] | None = None
         self.inner_loop  # noqa: B018  its own checks
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SWITCHES:
             raise FewShotError(f"{name} is of the learner's rule; set rule = dataclasses.replace(rule, {name}=...)")
+        if name == "lr":  # which may have been a parameter or a module until now
+            for place in (self.__dict__, self._parameters, self._modules):
+                place.pop(name, None)
         super().__setattr__(name, value)
 
     @property
     def inner_loop(self) -> InnerLoop:
         """The settings of the lower level as they are now; made anew, and checked, when one of them has changed."""
-        settings = (self.model, self.lr, self.rule, self.adapt, self.validation, self.norm, self.zero_head)
+        settings = (
+            *(self.model, self.lr, self.rule, self.adapt, self.validation, self.norm, self.zero_head),
+            *(self.first_order, self.loss),
+        )
         with exclusive:
             layout = [(name, value.requires_grad) for name, value in self.model.named_parameters()]
             known = len(self._settings) > 0 and layout == self._settings[-1]
             same = known and all(a is b for a, b in zip(settings, self._settings, strict=False))
             if self._inner_loop is None or not same:
-                self._inner_loop, self._settings = _lower_level(*settings), (*settings, layout)
+                self._inner_loop, self._settings = checked_inner_loop(*settings), (*settings, layout)
                 self._trials = None
             return self._inner_loop
 
@@ -148,18 +166,29 @@ class MetaLearner(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes what is compiled and known of its model for itself."""
-        return {**self.__dict__, "_inner_loop": None, "_settings": (), "_trials": None}
+        return {**self.__dict__, "_inner_loop": None, "_settings": (), "_trials": None, "_other": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """The unadapted model's logits."""
         return self.inner_loop.model({}, x)  # type: ignore[no-any-return]
 
-    def clone(self) -> Task:
-        """A task that starts at the meta-parameters, its head at zero with `zero_head`; gradients flow back to them."""
-        inner_loop = self.inner_loop
+    def clone(self, first_order: bool | None = None, allow_unused: bool | None = None) -> Task:
+        """A task that starts at the meta-parameters, its head at zero with `zero_head`; gradients flow back to them.
+
+        The arguments are learn2learn's; see `Task.adapt`.
+        """
+        inner_loop = with_options(self.inner_loop, first_order, allow_unused)
         return Task(inner_loop, engines.initial_parameters(inner_loop), self.trials)
 
-    def meta_loss(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
+    def meta_loss(
+        self,
+        episodes: Episodes,
+        steps: int,
+        generator: torch.Generator | None = None,
+        *,
+        loss: Objective | None = None,
+        step_weights: StepWeights | None = None,
+    ) -> MetaOutput:
         """Adapts to every task and evaluates its queries; `loss.backward()` gives the meta-gradient.
 
         **Arguments:**
@@ -167,34 +196,64 @@ class MetaLearner(nn.Module):
         - `episodes`: on the model's device.
         - `steps`: inner steps, at least 0.
         - `generator`: for `validation="augment"`, on the same device.
+        - `loss`: instead of the learner's, here.
+        - `step_weights`: `[steps]`: the loss is the weighted sum of the query losses after each inner step (the
+          multi-step loss of MAML++, Antoniou et al. 2019); without it, the one after the last step.
 
         **Returns:** `MetaOutput`: `loss` (scalar), `logits` `[T, N*Q, N]`, `accuracy` `[T]`.
         """
-        return self.batch_loss(self.batch(episodes, generator), steps)
+        return self.batch_loss(self.batch(episodes, generator, step_weights), steps, loss)
 
-    def batch_loss(self, tasks: Batch, steps: int) -> MetaOutput:
+    def batch_loss(self, batch: Batch, steps: int, loss: Objective | None = None) -> MetaOutput:
         """`meta_loss` of the tensors that `batch` gave, or of a part of them."""
-        return self._run(engines.meta_loss, tasks, whole_steps(steps))
+        return self._run(engines.meta_loss, batch, whole_steps(steps), loss)
 
-    def meta_backward(self, episodes: Episodes, steps: int, generator: torch.Generator | None = None) -> MetaOutput:
+    def meta_backward(
+        self,
+        episodes: Episodes,
+        steps: int,
+        generator: torch.Generator | None = None,
+        *,
+        loss: Objective | None = None,
+        step_weights: StepWeights | None = None,
+    ) -> MetaOutput:
         """`meta_loss(...).loss.backward()` in less memory: task by task where the engine is `loop`."""
+        return self.batch_backward(self.batch(episodes, generator, step_weights), steps, loss)
+
+    def batch_backward(self, batch: Batch, steps: int, loss: Objective | None = None) -> MetaOutput:
+        """`meta_backward` of the tensors that `batch` gave, or of a part of them."""
         if not torch.is_grad_enabled():
             raise FewShotError("meta_backward was called without gradients, under torch.no_grad(); use meta_loss there")
-        return self._run(engines.meta_backward, self.batch(episodes, generator), whole_steps(steps))
+        return self._run(engines.meta_backward, batch, whole_steps(steps), loss)
 
-    def _run(self, function: Run, tasks: Batch, steps: int) -> MetaOutput:
+    def _run(self, function: Run, batch: Batch, steps: int, loss: Objective | None) -> MetaOutput:
         if torch.is_inference_mode_enabled():  # the inner steps need gradients, which its tensors cannot have
             with torch.inference_mode(False), torch.no_grad():
-                return self._run(function, tasks.copied(), steps)
+                return self._run(function, batch.copied(), steps, loss)
+        if batch.step_weights and len(batch.step_weights[0]) != steps:
+            raise FewShotError(
+                f"{len(batch.step_weights[0])} step_weights and {steps} steps were given; expected one of each"
+            )
+        inner_loop = self._with_loss(loss)
         try:
-            return function(self.inner_loop, tasks, steps, self.execution_mode(tasks))
+            return function(inner_loop, batch, steps, self.execution_mode(batch))
         except (IndexError, RuntimeError, TypeError, ValueError):
-            self._require_logits(tasks)
+            if inner_loop.loss is F.cross_entropy:
+                self._require_logits(batch)
             raise
 
-    def _require_logits(self, tasks: Batch) -> None:
+    def _with_loss(self, loss: Objective | None) -> InnerLoop:
+        """The inner loop with another loss; that of the last one asked for is kept, with what is compiled for it."""
+        own = self.inner_loop
+        if loss is None or loss is own.loss:
+            return own
+        if self._other is None or self._other[0] is not own or self._other[1].loss is not loss:
+            self._other = own, replace(own, loss=loss, prepared={})
+        return self._other[1]
+
+    def _require_logits(self, batch: Batch) -> None:
         """Raises `FewShotError` for what are not logits, and for labels that the model has none for."""
-        images = tasks.query[0][0]
+        images = batch.query[0][0]
         with torch.no_grad():
             logits = self(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
@@ -204,21 +263,26 @@ class MetaLearner(nn.Module):
                 f"[{len(images)}, ways]; use clone() and adapt() for any other output, with a loss of your own"
             )
         ways = logits.shape[-1]
-        largest = max(int(labels.max()) for labels in (*tasks.inner[1::2], tasks.query[1]))
+        largest = max(int(labels.max()) for labels in (*batch.support[1::2], batch.query[1]))
         if largest >= ways:
             raise FewShotError(f"labels go up to {largest}, but the model has {ways} logits; expected 0 to {ways - 1}")
 
-    def batch(self, episodes: Episodes, generator: torch.Generator | None = None) -> Batch:
+    def batch(
+        self, episodes: Episodes, generator: torch.Generator | None = None, step_weights: StepWeights | None = None
+    ) -> Batch:
         """The tensors that the lower level and the queries need, validation sets drawn."""
-        return engines.batch(self.inner_loop, episodes, generator)
+        batch = engines.batch(self.inner_loop, episodes, generator)
+        if step_weights is None:
+            return batch
+        weights = torch.as_tensor(step_weights, dtype=episodes.support_x.dtype, device=episodes.support_x.device)
+        return batch._replace(step_weights=(weights,))
 
-    def execution_mode(self, tasks: Batch) -> ExecutionMode:
+    def execution_mode(self, batch: Batch) -> ExecutionMode:
         """How these tasks are run; raises `FewShotError` where the model could not be differentiated rightly so."""
-        images = tasks.inner[0]
+        images = batch.support[0]
         name = engines.choose(self.engine, self.model, images.device, images.shape[-1]).name
-        mode = ExecutionMode(
-            name, self.torch_compile and torch.is_grad_enabled(), self.recompute and torch.is_grad_enabled()
-        )
+        graph = torch.is_grad_enabled()
+        mode = ExecutionMode(name, self.torch_compile and graph, self.recompute and graph)
         call: Any = ((images[0],), {})
         if self.engine == "auto" and name == "vmap" and not self.trials.vectorises(call):
             mode = replace(mode, batching="loop")
@@ -226,95 +290,36 @@ class MetaLearner(nn.Module):
         return mode
 
 
-def _lower_level(
-    model: nn.Module,
-    lr: float | Tensor,
-    rule: Rule,
-    adapt: Adapt | Sequence[str],
-    validation: Validation,
-    norm: Norm,
-    zero_head: bool | Sequence[str],
-) -> InnerLoop:
-    """The settings, checked."""
-    if not isinstance(rule, Rule):
-        raise FewShotError(f"the rule is {rule!r}; expected a fewshot_asam.rules.inner_step.Rule")
-    require_replaceable(model)
-    require_stateless(model)
-    require_one_of("validation", validation, get_args(Validation))
-    require_one_of("norm", norm, get_args(Norm))
-    _require_rate(lr)
-    if norm == "inductive" and not takes_support(model):
-        raise FewShotError(
-            f"{type(model).__name__}.forward takes no `support`, the number of images that give the statistics, "
-            "which norm 'inductive' needs; Conv4 and ResNet12 do. A model without batch norm needs no such mode"
-        )
-    adapted = adapted_names(model, adapt)
-    zeroed = adapted_names(model, "head" if zero_head is True else zero_head) if zero_head else ()
-    if not set(zeroed) <= set(adapted):
-        raise FewShotError(
-            f"with adapt {adapt!r} a head that starts every task from zeros would stay there; expected an adapt "
-            "that includes the head, such as 'all', or zero_head False (--head-init default or zeros)"
-        )
-    return InnerLoop(FunctionalModel(model), rule, lr, adapted, validation, norm == "inductive", zeroed)
-
-
-def _require_rate(lr: float | Tensor) -> None:
-    if isinstance(lr, Tensor) and (lr.numel() != 1 or not lr.is_floating_point()):
-        raise FewShotError(
-            f"the inner learning rate is a {lr.dtype} tensor of shape {list(lr.shape)}; expected one number"
-        )
-    value = float(lr.detach()) if isinstance(lr, Tensor) else lr
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise FewShotError(f"the inner learning rate is {lr!r}; expected a number above 0")
-    if not math.isfinite(value) or (value <= 0 and not isinstance(lr, nn.Parameter)):
-        raise FewShotError(f"the inner learning rate is {value}; expected a finite number above 0")
-
-
 class MAML(MetaLearner):
     """Model-agnostic meta-learning (Finn et al. 2017): `theta' = theta - alpha * grad L_t(theta)`.
 
-    **Arguments:** `model`, `lr`, `first_order` (FOMAML), and those of `MetaLearner`.
+    **Arguments:** `model`, `lr`, and those of `MetaLearner`, such as `first_order` (FOMAML).
     """
 
-    def __init__(
-        self, model: nn.Module, lr: float | nn.Parameter, *, first_order: bool = False, **options: Any
-    ) -> None:
-        super().__init__(model, lr, Rule("maml", first_order=first_order), **options)
+    def __init__(self, model: nn.Module, lr: InnerRate, **options: Any) -> None:
+        super().__init__(model, lr, MAMLRule(), **options)
 
 
 class SharpMAML(MetaLearner):
     """Sharp-MAML_low (Abbas et al. 2022): the lower level descends along the gradient at SAM's perturbed parameters.
 
-    **Arguments:** `model`, `lr`, `rho` (radius), those of `MetaLearner`, and `Rule`'s switches.
+    **Arguments:** `model`, `lr`, the settings of `SharpMAMLRule`, such as `rho`, and those of `MetaLearner`.
     """
 
-    def __init__(self, model: nn.Module, lr: float | nn.Parameter, *, rho: float = 5e-4, **options: Any) -> None:
-        switches = _take(options, "through_perturbation", "adaptive", "first_order")
-        super().__init__(model, lr, Rule("sharp_maml_low", rho=rho, **switches), **options)
+    def __init__(self, model: nn.Module, lr: InnerRate, *, rho: float = 5e-4, **options: Any) -> None:
+        super().__init__(model, lr, SharpMAMLRule(rho, **_taken(options, SharpMAMLRule)), **options)
 
 
 class MetaAgnosticSAM(MetaLearner):
     """Agnostic-SAM at the lower level (Nguyen et al., equations 4 to 6).
 
-    **Arguments:** `model`, `lr`, `rho`, `rho1` (None: `2 * rho`), `rho2` (None: `rho`), those of `MetaLearner`, and
-    `Rule`'s switches.
+    **Arguments:** `model`, `lr`, the settings of `AgnosticSAMRule`, such as `rho`, and those of `MetaLearner`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float | nn.Parameter,
-        *,
-        rho: float = 5e-4,
-        rho1: float | None = None,
-        rho2: float | None = None,
-        **options: Any,
-    ) -> None:
-        switches = _take(
-            options, "val_grad_point", "val_norm", "through_perturbation", "beta", "adaptive", "first_order"
-        )
-        super().__init__(model, lr, Rule("agnostic_sam", rho=rho, rho1=rho1, rho2=rho2, **switches), **options)
+    def __init__(self, model: nn.Module, lr: InnerRate, *, rho: float = 5e-4, **options: Any) -> None:
+        super().__init__(model, lr, AgnosticSAMRule(rho, **_taken(options, AgnosticSAMRule)), **options)
 
 
-def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: options.pop(name) for name in names if name in options}
+def _taken(options: dict[str, Any], rule: type) -> dict[str, Any]:
+    """A rule's settings, taken out of `options`."""
+    return {field.name: options.pop(field.name) for field in fields(rule) if field.name in options}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +14,32 @@ from conftest import make_images
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import TaskNorm
-from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.rules import Rule
+from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
+from fewshot_asam.rules.maml import MAMLRule
+from fewshot_asam.rules.sharp_maml_low import SharpMAMLRule
 
-RULES = {
-    "maml": Rule("maml"),
-    "sharp_maml_low": Rule("sharp_maml_low", rho=0.05),
-    "sharp_maml_low adaptive": Rule("sharp_maml_low", rho=0.5, adaptive=True),
-    "sharp_maml_low constant": Rule("sharp_maml_low", rho=0.05, through_perturbation=False),
-    "agnostic_sam": Rule("agnostic_sam", rho=0.05),
-    "agnostic_sam radii": Rule("agnostic_sam", rho1=0.02, rho2=0.07),
-    "agnostic_sam current point": Rule("agnostic_sam", rho=0.05, val_grad_point="current"),
-    "agnostic_sam current norm": Rule("agnostic_sam", rho=0.05, val_norm="current"),
-    "agnostic_sam momentum": Rule("agnostic_sam", rho=0.05, beta=0.9),
-    "agnostic_sam momentum, current norm": Rule("agnostic_sam", rho=0.05, beta=0.9, val_norm="current"),
-    "agnostic_sam adaptive": Rule("agnostic_sam", rho=0.5, adaptive=True),
-    "agnostic_sam constant": Rule("agnostic_sam", rho=0.05, through_perturbation=False),
-    "agnostic_sam first order": Rule("agnostic_sam", rho=0.05, first_order=True),
-    "maml first order": Rule("maml", first_order=True),
+RULES: dict[str, Rule] = {
+    "maml": MAMLRule(),
+    "sharp_maml_low": SharpMAMLRule(rho=0.05),
+    "sharp_maml_low adaptive": SharpMAMLRule(rho=0.5, adaptive=True),
+    "sharp_maml_low constant": SharpMAMLRule(rho=0.05, through_perturbation=False),
+    "agnostic_sam": AgnosticSAMRule(rho=0.05),
+    "agnostic_sam radii": AgnosticSAMRule(rho1=0.02, rho2=0.07),
+    "agnostic_sam current point": AgnosticSAMRule(rho=0.05, val_grad_point="current"),
+    "agnostic_sam current norm": AgnosticSAMRule(rho=0.05, val_norm="current"),
+    "agnostic_sam momentum": AgnosticSAMRule(rho=0.05, beta=0.9),
+    "agnostic_sam momentum, current norm": AgnosticSAMRule(rho=0.05, beta=0.9, val_norm="current"),
+    "agnostic_sam adaptive": AgnosticSAMRule(rho=0.5, adaptive=True),
+    "agnostic_sam constant": AgnosticSAMRule(rho=0.05, through_perturbation=False),
+    "agnostic_sam first order": AgnosticSAMRule(rho=0.05),
+    "maml first order": MAMLRule(),
 }
+
+
+def made_learner(model: nn.Module, lr: Any, name: str, **options: Any) -> MetaLearner:
+    """A learner with a rule of `RULES`, of first order where its name says so."""
+    return MetaLearner(model, lr, RULES[name], first_order="first order" in name, **options)
 
 
 class SmoothNet(nn.Module):

@@ -77,7 +77,10 @@ COMMANDS = [
     ("folder", "unrecognized arguments: folder"),
     ("--tasks 5", "did you mean"),
     # Values that there are not.
-    ("--inner mamml", "inner is 'mamml'; expected one of maml, sharp_maml_low, agnostic_sam; did you mean maml?"),
+    (
+        "--inner mamml",
+        "inner is 'mamml'; expected one of agnostic_sam, maml, sharp_maml_low, or package.module:Rule; did you mean maml?",
+    ),
     ("--inner sharp_maml", "did you mean sharp_maml_low?"),
     ("--dataset mini-imagenet", "did you mean mini_imagenet?"),
     ("--dataset omniglott", "did you mean omniglot?"),

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from fewshot_asam.analysis.congruence import congruence
+from fewshot_asam.analysis.congruence import RADIUS, congruence
 from fewshot_asam.learners import MetaLearner
-from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
+from fewshot_asam.rules.sharp_maml_low import SharpMAMLRule
 from fewshot_asam.rules.validation_sets import lower_level_sets
-from problems import RULES, episodes, smooth_net
+from problems import RULES, episodes, made_learner, smooth_net
 
 LR = 0.4
 
@@ -48,7 +49,7 @@ def cosine(model: nn.Module, train: tuple[Tensor, Tensor], val: tuple[Tensor, Te
 @pytest.mark.parametrize("rule", ["maml", "sharp_maml_low", "agnostic_sam"])
 def test_congruence_is_that_of_plain_gradients(rule: str, validation: str) -> None:
     model, batch = smooth_net(), episodes()
-    learner = MetaLearner(model, LR, RULES[rule], validation=validation)
+    learner = made_learner(model, LR, rule, validation=validation)
     found = congruence(learner, batch, generator())
     assert found.shape == (batch.num_tasks, 2)
     sets = "augment" if validation == "duplicate" else validation
@@ -59,7 +60,7 @@ def test_congruence_is_that_of_plain_gradients(rule: str, validation: str) -> No
         closure = None if validation == "duplicate" else (lambda net, val=val: F.cross_entropy(net(val[0]), val[1]))
         task = learner.clone().adapt(lambda net, own=train: F.cross_entropy(net(own[0]), own[1]), validation=closure)
         step = torch.cat([(task.params[name] - p).detach().flatten() for name, p in model.named_parameters()])
-        radius = RULES[rule].rho
+        radius = getattr(RULES[rule], "rho", RADIUS)
         expected = [cosine(point, train, val, radius) for point in (model, moved(model, step))]
         assert found[i].tolist() == pytest.approx(expected, abs=1e-9)
 
@@ -68,7 +69,7 @@ def test_the_radius_is_that_on_the_validation_gradient() -> None:
     batch, model = episodes(), smooth_net()
     first, second, third = (
         congruence(MetaLearner(model, LR, rule), batch, generator())[:, 0]
-        for rule in (Rule("agnostic_sam", rho2=0.3), Rule("sharp_maml_low", rho=0.3), Rule("agnostic_sam", rho1=0.3))
+        for rule in (AgnosticSAMRule(rho2=0.3), SharpMAMLRule(rho=0.3), AgnosticSAMRule(rho1=0.3))
     )
     assert torch.allclose(first, second, atol=1e-12)
     assert not torch.allclose(first, third, atol=1e-3)

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from conftest import make_images
 from fewshot_asam.episodes import Episodes, EpisodeSampler
-from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import build_model, cpu_kernels
 from fewshot_asam.models.cpu_kernels import build, input_block
 from fewshot_asam.models.norm import EPS
-from problems import RULES, meta_gradient
+from problems import RULES, made_learner, meta_gradient
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler")
 
@@ -145,7 +144,7 @@ def test_the_meta_gradient_of_every_rule(name: str, filters: int) -> None:
     with torch.no_grad():
         for layer in model.blocks:
             layer.norm.weight.mul_(torch.linspace(-2, 1.5, filters))
-    learner = MetaLearner(model, 0.1, RULES[name], engine="loop")
+    learner = made_learner(model, 0.1, name, engine="loop")
     ours = meta_gradient(learner, batch)
     with cpu_kernels.disabled():
         assert off(ours, meta_gradient(learner, batch)) < 1e-10

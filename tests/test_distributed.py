@@ -29,7 +29,7 @@ from fewshot_asam.training.checkpoint import decode, read_state
 from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.evaluation import TASKS_AT_ONCE, evaluate
 from fewshot_asam.training.run_folder import read_metrics
-from problems import RULES, SHAPE, deviation, episodes, make_images
+from problems import SHAPE, deviation, episodes, made_learner, make_images
 
 TASKS = 5
 """Of a meta-batch: not divisible by the numbers of processes."""
@@ -58,7 +58,7 @@ def ended(job: list[BaseProcess], statuses: set[int] | None = None) -> None:
 
 def build(rule: str, validation: str) -> MetaLearner:
     model = build_model("conv4", 3, SHAPE, 4, seed=0).double()
-    return MetaLearner(model, 0.1, RULES[rule], validation=validation, engine="loop")
+    return made_learner(model, 0.1, rule, validation=validation, engine="loop")
 
 
 def trained(rule: str, validation: str) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,10 @@ from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import build_model
-from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.rules.maml import MAMLRule
 from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.meta_step import iteration, optimizer, schedule
-from problems import RULES, SHAPE, deviation, episodes, meta_gradient, smooth_net
+from problems import RULES, SHAPE, deviation, episodes, made_learner, meta_gradient, smooth_net
 
 CPU = torch.device("cpu")
 
@@ -36,8 +36,8 @@ def conv4() -> nn.Module:
 @pytest.mark.parametrize("adapt", ["all", "no_norm"])
 @pytest.mark.parametrize("name", RULES)
 def test_recomputed_steps_give_the_same_gradient(name: str, adapt: Any, way: Any) -> None:
-    expected = meta_gradient(MetaLearner(conv4(), 0.1, RULES[name], adapt=adapt, engine="loop"), episodes())
-    learner = MetaLearner(conv4(), 0.1, RULES[name], adapt=adapt, engine=way, recompute=True)
+    expected = meta_gradient(made_learner(conv4(), 0.1, name, adapt=adapt, engine="loop"), episodes())
+    learner = made_learner(conv4(), 0.1, name, adapt=adapt, engine=way, recompute=True)
     assert deviation(meta_gradient(learner, episodes()), expected) < 1e-10
 
 
@@ -136,8 +136,8 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("way", ["loop", "vmap"])
 @pytest.mark.parametrize("name", ["maml", "agnostic_sam", "agnostic_sam momentum", "sharp_maml_low constant"])
 def test_what_is_compiled_computes_the_same(name: str, way: Any, traced: list[int]) -> None:
-    expected = meta_gradient(MetaLearner(conv4(), 0.1, RULES[name], engine="loop"), episodes())
-    learner = MetaLearner(conv4(), 0.1, RULES[name], engine=way, torch_compile=True)
+    expected = meta_gradient(made_learner(conv4(), 0.1, name, engine="loop"), episodes())
+    learner = made_learner(conv4(), 0.1, name, engine=way, torch_compile=True)
     assert deviation(meta_gradient(learner, episodes()), expected) < 1e-10
     assert len(traced) <= (3 if "constant" in name else 2)
 
@@ -269,14 +269,14 @@ def test_a_copied_learner_is_compiled_for_its_own_model(traced: list[int]) -> No
     with torch.no_grad():
         for value in twin.parameters():
             value.mul_(1.5)
-    plain = MetaLearner(twin.model, 0.1, Rule("maml"), engine="loop")
+    plain = MetaLearner(twin.model, 0.1, MAMLRule(), engine="loop")
     assert deviation(meta_gradient(twin, episodes()), meta_gradient(plain, episodes())) < 1e-10
 
 
 def test_a_cosine_schedule_falls_to_zero_at_the_end_of_the_iterations_or_of_the_minutes() -> None:
     def rates(spent: list[float]) -> list[float]:
         config = TrainConfig(iterations=10, meta_lr=0.5)
-        adam = optimizer(MetaLearner(build_model("conv4", 3, SHAPE, 4, seed=0), 0.1, Rule("maml")), config)
+        adam = optimizer(MetaLearner(build_model("conv4", 3, SHAPE, 4, seed=0), 0.1, MAMLRule()), config)
         clock = iter([0.0, *spent])
         steps, found = schedule(adam, config, spent=lambda: next(clock)), []
         for _ in spent:

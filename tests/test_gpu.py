@@ -20,7 +20,7 @@ from fewshot_asam.learners import MAML, MetaLearner
 from fewshot_asam.models import build_model
 from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.meta_step import iteration, optimizer, schedule
-from problems import RULES, SHAPE, deviation, episodes, meta_gradient
+from problems import RULES, SHAPE, deviation, episodes, made_learner, meta_gradient
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("name", RULES)
 def test_the_meta_gradient_is_the_cpus(name: str, way: Any) -> None:
     model, batch = build_model("conv4", 3, SHAPE, 4, seed=0).double(), episodes()
-    on_gpu = MetaLearner(copy.deepcopy(model), 0.1, RULES[name], engine=way).to("cuda")
-    expected = meta_gradient(MetaLearner(model, 0.1, RULES[name], engine="loop"), batch)
+    on_gpu = made_learner(copy.deepcopy(model), 0.1, name, engine=way).to("cuda")
+    expected = meta_gradient(made_learner(model, 0.1, name, engine="loop"), batch)
     assert deviation(meta_gradient(on_gpu, batch.to("cuda")).cpu(), expected) < 1e-8
 
 
@@ -56,7 +56,7 @@ def trained(name: str, cuda_graph: bool, iterations: int = 8) -> tuple[Tensor, T
     """The numbers of each iteration and the last weights, in float64."""
     config = TrainConfig(iterations=iterations, clip_grad=0.5, ways=3, cuda_graph=cuda_graph)
     model = build_model("conv4", 3, SHAPE, 4, seed=0).double().to("cuda")
-    learner = MetaLearner(model, 0.1, RULES[name], engine="vmap")
+    learner = made_learner(model, 0.1, name, engine="vmap")
     adam = optimizer(learner, config)
     rates, iterate = schedule(adam, config), iteration(learner, adam, config)
     assert isinstance(iterate, cuda_graph.CudaGraphed) == cuda_graph

@@ -13,11 +13,14 @@ from torch import nn
 from fewshot_asam import FewShotError
 from fewshot_asam.learners import MetaLearner, Norm
 from fewshot_asam.models import build_model
-from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.rules import Rule, rule_class, rule_name
+from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
+from fewshot_asam.rules.maml import MAMLRule
+from fewshot_asam.rules.sharp_maml_low import SharpMAMLRule
 from fewshot_asam.rules.validation_sets import Validation
-from problems import RULES, SHAPE, deviation, episodes, meta_gradient, shifted, smooth_net
+from problems import RULES, SHAPE, deviation, episodes, made_learner, meta_gradient, shifted, smooth_net
 
-MAML = Rule("maml")
+MAML = MAMLRule()
 EXACT = 1e-10
 
 
@@ -37,7 +40,8 @@ def compare(first: Rule, second: Rule, validation: Validation = "duplicate") -> 
 @pytest.mark.parametrize("validation", ["duplicate", "augment", "split"])
 @pytest.mark.parametrize("name", ["sharp_maml_low", "agnostic_sam"])
 def test_identity_1_zero_radii_are_maml(name: str, validation: Validation, adaptive: bool) -> None:
-    zero = Rule(name, rho=0.0, adaptive=adaptive)
+    zero: Any = rule_class(name)
+    zero = zero(rho=0.0, adaptive=adaptive)
     worst = compare(zero, MAML, validation)
     print(f"\nidentity 1, {name}, {validation}: largest deviation {worst:.1e}")
     assert worst < EXACT
@@ -47,16 +51,16 @@ def test_identity_1_zero_radii_are_maml(name: str, validation: Validation, adapt
 @pytest.mark.parametrize("switches", [{}, {"val_grad_point": "current"}, {"val_norm": "current"}, {"beta": 0.9}])
 @pytest.mark.parametrize("validation", ["duplicate", "augment", "split"])
 def test_identity_2_no_validation_radius_is_sharp_maml(validation: Validation, switches: dict[str, object]) -> None:
-    rule = Rule("agnostic_sam", rho1=0.05, rho2=0.0, **switches)
-    worst = compare(rule, Rule("sharp_maml_low", rho=0.05), validation)
+    rule = AgnosticSAMRule(rho1=0.05, rho2=0.0, **switches)
+    worst = compare(rule, SharpMAMLRule(rho=0.05), validation)
     print(f"\nidentity 2, {validation}, {switches}: largest deviation {worst:.1e}")
     assert worst < EXACT
-    assert compare(replace(rule, rho2=0.05), Rule("sharp_maml_low", rho=0.05), validation) > 1e-4
+    assert compare(replace(rule, rho2=0.05), SharpMAMLRule(rho=0.05), validation) > 1e-4
 
 
 def test_identity_3_duplicate_at_the_current_point_is_sharp_maml_of_the_difference() -> None:
-    rule = Rule("agnostic_sam", rho1=0.07, rho2=0.02, val_grad_point="current")
-    worst = compare(rule, Rule("sharp_maml_low", rho=0.05))
+    rule = AgnosticSAMRule(rho1=0.07, rho2=0.02, val_grad_point="current")
+    worst = compare(rule, SharpMAMLRule(rho=0.05))
     print(f"\nidentity 3: largest deviation {worst:.1e}")
     assert worst < EXACT
 
@@ -66,7 +70,7 @@ def test_identity_3_leaves_a_term_of_second_order_in_the_radius() -> None:
     model, batch = smooth_net(), episodes()
 
     def apart(rho: float) -> float:
-        rules = Rule("agnostic_sam", rho=rho), Rule("sharp_maml_low", rho=rho)
+        rules = AgnosticSAMRule(rho=rho), SharpMAMLRule(rho=rho)
         start, agnostic, sharp = (
             torch.cat([value.detach().flatten() for value in task.params.values()])
             for task in [MetaLearner(model, 0.1, MAML).clone()]
@@ -92,7 +96,7 @@ def test_identity_3_leaves_a_term_of_second_order_in_the_radius() -> None:
 def test_identity_4_meta_gradient_is_the_finite_difference(name: str, validation: Validation, inductive: bool) -> None:
     model, batch = smooth_net(), episodes()
     norm = "inductive" if inductive else "transductive"
-    learner = MetaLearner(model, 0.1, RULES[name], validation=validation, norm=norm, engine="vmap")
+    learner = made_learner(model, 0.1, name, validation=validation, norm=norm, engine="vmap")
     gradient = meta_gradient(learner, batch)
     worst = 0.0
     for seed in range(3):
@@ -120,7 +124,7 @@ def test_identity_4_for_conv4_away_from_its_kinks() -> None:
                 values.append(learner.meta_loss(batch, 3).loss)
         slope = (values[0] - values[1]) / 2e-7
         worst = ((slope - gradient @ direction).abs() / gradient.norm()).item()
-        print(f"\nidentity 4, conv4, {rule.name}: deviation {worst:.1e}")
+        print(f"\nidentity 4, conv4, {rule_name(rule)}: deviation {worst:.1e}")
         assert worst < 1e-6
 
 

@@ -17,10 +17,11 @@ from fewshot_asam.cli import train_maml
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.models import build_model
 from fewshot_asam.models.initialisation import initialise
-from fewshot_asam.rules.inner_step import Rule
+from fewshot_asam.rules import Rule
+from fewshot_asam.rules.maml import MAMLRule
 from fewshot_asam.training.build import build_learner
 from fewshot_asam.training.config import TrainConfig
-from problems import RULES, SHAPE, deviation, episodes, meta_gradient, seeded, shifted, smooth_net
+from problems import RULES, SHAPE, deviation, episodes, made_learner, meta_gradient, seeded, shifted, smooth_net
 
 KINDS = [("conv4", 32), ("resnet12", 8)]
 
@@ -119,7 +120,7 @@ def test_zeroed_in_every_task_the_stored_head_changes_nothing_and_is_not_learned
 @pytest.mark.parametrize("name", [name for name in RULES if "constant" not in name and "first order" not in name])
 def test_the_meta_gradient_of_a_zeroed_head_is_the_finite_difference(name: str, engine: Any) -> None:
     model, batch = smooth_net(), episodes()
-    learner = MetaLearner(model, 0.1, RULES[name], zero_head=True, engine=engine)
+    learner = made_learner(model, 0.1, name, zero_head=True, engine=engine)
     gradient = meta_gradient(learner, batch)
     direction = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = []
@@ -133,9 +134,9 @@ def test_the_meta_gradient_of_a_zeroed_head_is_the_finite_difference(name: str, 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_zeroed_head_is_the_same_vectorised_and_recomputed(name: str) -> None:
-    expected = meta_gradient(MetaLearner(smooth_net(), 0.1, RULES[name], zero_head=True, engine="loop"), episodes())
+    expected = meta_gradient(made_learner(smooth_net(), 0.1, name, zero_head=True, engine="loop"), episodes())
     for engine, recompute in (("vmap", False), ("loop", True), ("vmap", True)):
-        learner = MetaLearner(smooth_net(), 0.1, RULES[name], zero_head=True, engine=engine, recompute=recompute)
+        learner = made_learner(smooth_net(), 0.1, name, zero_head=True, engine=engine, recompute=recompute)
         assert deviation(meta_gradient(learner, episodes()), expected) < 1e-10
 
 
@@ -143,7 +144,7 @@ def test_a_zeroed_head_is_the_same_vectorised_and_recomputed(name: str) -> None:
 def test_the_meta_gradient_at_a_stored_head_of_zeros_is_of_the_usual_size(name: str) -> None:
     """The first inner gradient of all layers below such a head is 0, and ASAM scales that of the head by 0."""
     model = build_model("conv4", 3, SHAPE, 4, 0, head_init="zeros").double()
-    assert 0.01 < meta_gradient(MetaLearner(model, 0.1, RULES[name]), episodes(), 1).norm() < 100
+    assert 0.01 < meta_gradient(made_learner(model, 0.1, name), episodes(), 1).norm() < 100
 
 
 def relabelled(batch: Episodes, order: Tensor) -> Episodes:
@@ -155,7 +156,7 @@ def relabelled(batch: Episodes, order: Tensor) -> Episodes:
 @pytest.mark.parametrize("name", ["maml", "sharp_maml_low", "agnostic_sam momentum"])
 def test_other_names_for_the_classes_permute_the_logits_of_a_zeroed_head(name: str, steps: int) -> None:
     batch, order = episodes(), torch.tensor([2, 0, 1])
-    zeroed, usual = (MetaLearner(smooth_net(), 0.4, RULES[name], zero_head=zero) for zero in (True, False))
+    zeroed, usual = (made_learner(smooth_net(), 0.4, name, zero_head=zero) for zero in (True, False))
     before, after = (zeroed.meta_loss(one, steps).logits for one in (batch, relabelled(batch, order)))
     assert deviation(after[..., order], before) < 1e-12
     before, after = (usual.meta_loss(one, steps).logits for one in (batch, relabelled(batch, order)))
@@ -169,7 +170,7 @@ def in_steps(rule: Rule, steps: int, **options: Any) -> Tensor:
 
 def test_from_a_zeroed_head_maml_s_first_step_is_anil_s_and_asam_s_is_maml_s() -> None:
     """Nothing below such a head has a gradient yet, and ASAM scales the head's perturbation by 0."""
-    maml, asam, sam = Rule("maml"), RULES["sharp_maml_low adaptive"], RULES["sharp_maml_low"]
+    maml, asam, sam = MAMLRule(), RULES["sharp_maml_low adaptive"], RULES["sharp_maml_low"]
     assert deviation(in_steps(maml, 1), in_steps(maml, 1, adapt="head")) < 1e-12
     assert deviation(in_steps(asam, 1), in_steps(maml, 1)) < 1e-12
     for first, second in ((asam, maml), (sam, maml)):

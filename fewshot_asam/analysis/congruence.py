@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewshot_asam import engine
-from fewshot_asam.engine.inner_loop import SupportLoss, initial_state, shared_parameters
+from fewshot_asam.engine.gradients import autograd_gradient
+from fewshot_asam.engine.inner_loop import SupportLoss, gradients, initial_state, shared_parameters, step
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.learners import MetaLearner
-from fewshot_asam.rules import inner_step, perturbations
-from fewshot_asam.rules.inner_step import Loss, Rule, autograd_gradient
-from fewshot_asam.rules.perturbations import Params
+from fewshot_asam.rules import Gradient, Rule
+from fewshot_asam.rules.perturbations import Params, add, l2_norm, sam
+from fewshot_asam.rules.validation_sets import Validation, lower_level_sets
+
+RADIUS = 5e-4
+"""Of rules that have none."""
 
 
-def congruence(learner: MetaLearner, episodes: Episodes, generator: torch.Generator) -> Tensor:
+def congruence(learner: MetaLearner, episodes: Episodes, generator: torch.Generator, radius: float = RADIUS) -> Tensor:
     """The cosines of `grad L_t(theta)` and `grad L_v(theta_v)` before and after one inner step of the learner's rule.
 
     **Arguments:**
 
     - `generator`: for the augmented validation set, on the images' device.
+    - `radius`: of `theta_v = theta + radius * v / ||v||`, equation (4), for a rule that has no `rho` of its own.
 
     `L_v` is of the learner's own validation set or, where that is a duplicate of the support set, of an augmented copy:
     with a duplicate the two gradients are nearly the same. The inner step is the learner's own all the same.
-    `theta_v = theta + rho2 v / ||v||` of equation (4), for MAML and Sharp-MAML_low too, with the learner's `rho`.
 
     **Returns:** float64 `[T, 2]`, on the CPU.
     """
-    lower = learner.inner_loop
-    duplicate = lower.validation == "duplicate"
-    tasks = engine.batch(replace(lower, validation="augment") if duplicate else lower, episodes, generator)
-    shared, found = shared_parameters(lower), []
+    own = learner.inner_loop
+    duplicate = own.validation == "duplicate"
+    source: Validation = "augment" if duplicate else own.validation
+    train_set, val_set = lower_level_sets(episodes.support_x, episodes.support_y, source, generator)
+    data = (*train_set, *(val_set or ()))
+    shared, found = shared_parameters(own), []
+
+    def gradient(params: Params, shared: Params, x: Tensor, y: Tensor) -> Params:
+        return autograd_gradient(SupportLoss(own, shared, x, y), params)
+
     with torch.no_grad():
-        params, memory = initial_state(lower)
-        for index in range(tasks.num_tasks):
-            x, y, val_x, val_y = tasks.task(index).inner
-            train = SupportLoss(lower.model, shared, x, y)
-            val = SupportLoss(lower.model, shared, val_x, val_y)
-            used = None if duplicate else val
-            after, _ = inner_step.step(lower.rule, params, memory, train, used, lower.lr, autograd_gradient)
-            found.append([_cosine(lower.rule, point, train, val) for point in (params, after)])
+        state = initial_state(own)
+        for index in range(episodes.num_tasks):
+            train, val = gradients(own, gradient, shared, tuple(values[index] for values in data))
+            after, _ = step(own, state, (train, train if duplicate else val), engine.rates(own, 0))
+            ascent = ascent_radius(own.rule, radius), bool(getattr(own.rule, "adaptive", False))
+            found.append([_cosine(params, train, val, *ascent) for params in (state[0], after)])
     return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
-def _cosine(rule: Rule, params: Params, train: Loss, val: Loss) -> float:
-    ascent = perturbations.sam(params, autograd_gradient(val, params), rule.radii[1], adaptive=rule.adaptive)
-    first, second = autograd_gradient(train, params), autograd_gradient(val, perturbations.add(params, ascent))
+def ascent_radius(rule: Rule, otherwise: float = RADIUS) -> float:
+    """The radius of equation (4): Agnostic-SAM's `rho2`, the `rho` of another rule, or `otherwise`."""
+    own: Any = getattr(rule, "rho2", None)
+    return float(getattr(rule, "rho", otherwise) if own is None else own)
+
+
+def _cosine(params: Params, train: Gradient, val: Gradient, radius: float, adaptive: bool) -> float:
+    first, second = train(params), val(add(params, sam(params, val(params), radius, adaptive=adaptive)))
     product = sum(
         ((first[name].double() * second[name].double()).sum() for name in first), torch.zeros((), device="cpu")
     )
@@ -55,4 +68,4 @@ def _cosine(rule: Rule, params: Params, train: Loss, val: Loss) -> float:
 
 
 def _norm(gradient: Params) -> Tensor:
-    return perturbations.norm({name: value.double() for name, value in gradient.items()})
+    return l2_norm({name: value.double() for name, value in gradient.items()})

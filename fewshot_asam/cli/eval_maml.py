@@ -19,11 +19,10 @@ with importing():
 
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
     from fewshot_asam.errors import FewShotError
-    from fewshot_asam.rules.inner_step import RuleName
     from fewshot_asam.runtime import distributed
     from fewshot_asam.runtime.allocator import keep_freed_memory
     from fewshot_asam.training.build import load_data, resolve_device
-    from fewshot_asam.training.config import TrainConfig, require_count, require_seed
+    from fewshot_asam.training.config import TrainConfig, require_count, require_seed, with_rule
     from fewshot_asam.training.evaluation import interval, paired_difference
     from fewshot_asam.training.identity import data, identify, require_same_everywhere, shared
     from fewshot_asam.training.loop import result_text
@@ -39,7 +38,7 @@ class EvalConfig:
     """test tasks"""
     seed: int = 0
     """of the test tasks"""
-    inner: RuleName | None = None
+    inner: str | None = None
     """adapt with this rule instead of the one that the run was trained with"""
     inner_steps: int | None = None
     """adapt with so many inner steps instead of the run's"""
@@ -62,7 +61,7 @@ def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, Tr
     """The settings a run was trained with, and those to test it with."""
     trained = stored_settings(folder)
     changed = {name: getattr(test, name) for name in OVERRIDES if getattr(test, name) is not None}
-    return trained, replace(trained, **changed)
+    return trained, replace(with_rule(trained, test.inner or trained.inner), **changed)
 
 
 def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:

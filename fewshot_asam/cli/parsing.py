@@ -39,11 +39,17 @@ def types(parser: Parser) -> dict[str, Any]:
 
 
 def add_settings(parser: Parser, settings: type) -> None:
-    """One option for each field of a dataclass: `inner_lr` becomes `--inner-lr`, its docstring the help."""
+    """One option for each field of a dataclass: `inner_lr` becomes `--inner-lr`, its docstring the help.
+
+    What a parser has already, and collections, are passed over.
+    """
+    known = types(parser)
     hints = get_type_hints(settings)
     documented = docstring_parser.parse_from_object(settings).params
     helps = {param.arg_name: (param.description or "").replace("\n", " ").replace("%", "%%") for param in documented}
     for field in fields(settings):
+        if field.name in known or field.default_factory is not MISSING:
+            continue
         if field.default is MISSING:
             raise TypeError(f"{settings.__name__}.{field.name} needs a default")
         parser.add_argument(
@@ -122,6 +128,17 @@ def parse(parser: Parser, argv: Sequence[str]) -> Any:
     return given
 
 
+def said(argv: Sequence[str], name: str) -> str:
+    """What the words, or a file that they name by `--config`, say last of one setting; empty where nothing."""
+    files, flags = _files_apart(argv)
+    option, found = f"--{name.replace('_', '-')}", ""
+    for file in files:
+        found = str(read_yaml(Path(file)).get(name, found))
+    for word, after in zip(flags, [*flags[1:], ""], strict=False):
+        found = after if word == option else word.removeprefix(f"{option}=") if word.startswith(f"{option}=") else found
+    return found
+
+
 def _files_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The files named by `--config`, and the other words."""
     files, rest = [], []
@@ -139,6 +156,8 @@ def _files_apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _flags(parser: Parser, file: Path) -> list[str]:
     """The settings of a YAML file as flags, each of them known and of its type."""
     read = read_yaml(file)
+    nested = read.pop("inner_settings", {})  # as a run's config.yaml has the settings of somebody's rule
+    read |= nested if isinstance(nested, dict) else {"inner_settings": nested}
     require_known(read, types(parser), str(file))
     flags = [f"--{name.replace('_', '-')}={_text(value)}" for name, value in read.items()]
     try:

@@ -9,33 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from typing import Any
 
 from fewshot_asam.cli.surroundings import importing
 
 with importing():
-    from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
+    from fewshot_asam.cli.parsing import Parser, add_settings, parse, run, said
     from fewshot_asam.errors import FewShotError
+    from fewshot_asam.rules import rule_class
     from fewshot_asam.runtime import distributed
     from fewshot_asam.runtime.allocator import keep_freed_memory
-    from fewshot_asam.training import config as configs
-    from fewshot_asam.training.config import TrainConfig
+    from fewshot_asam.training.config import TrainConfig, located, with_rule
     from fewshot_asam.training.loop import train
     from fewshot_asam.training.run_folder import stored_settings
 
 
-def _parser(defaults: TrainConfig) -> Parser:
+def _parser(defaults: TrainConfig, rule: Any) -> Parser:
+    """The settings of a run and, where the rule is somebody's, those of its fields that are not among them."""
     parser = Parser(prog="train_maml", description="Meta-train a few-shot learner, test it, write a run folder.")
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
+    usual = {name: value for name, value in asdict(defaults).items() if name != "inner_settings"}
+    if rule is not None:
+        add_settings(parser, rule)
+        usual |= {one.name: one.default for one in fields(rule)} | defaults.inner_settings
     add_settings(parser, TrainConfig)
-    parser.set_defaults(asdict(defaults))
+    parser.set_defaults(usual)
     return parser
 
 
 def _settings(argv: Sequence[str], defaults: TrainConfig) -> tuple[TrainConfig, bool]:
-    given = parse(_parser(defaults), argv)
-    values = {field.name: given[field.name] for field in fields(TrainConfig)}
-    return configs.located(TrainConfig(**values)), bool(given.resume)
+    inner = said(argv, "inner") or defaults.inner
+    rule: Any = rule_class(inner) if ":" in inner else None
+    given = parse(_parser(defaults if inner == defaults.inner else with_rule(defaults, inner), rule), argv)
+    own = [one.name for one in fields(rule)] if rule else []
+    values = {one.name: given[one.name] for one in fields(TrainConfig) if one.name not in (*own, "inner_settings")}
+    values["inner_settings"] = {name: given[name] for name in own}
+    return located(TrainConfig(**values)), bool(given.resume)
 
 
 def _given(argv: Sequence[str]) -> tuple[TrainConfig, bool]:

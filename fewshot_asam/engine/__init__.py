@@ -1,4 +1,4 @@
-"""How a batch of tasks is run. `task` says what is computed, `ways` how, `choice` which mode, `capture` for replay."""
+"""How a batch of tasks is run: `inner_loop` says what is computed, `execution` how, `selection` which way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewshot_asam.engine.execution import ExecutionMode, run
-from fewshot_asam.engine.inner_loop import Batch, InnerLoop, batch, initial_parameters, predict
+from fewshot_asam.engine.inner_loop import Batch, InnerLoop, Objective, batch, initial_parameters, predict, rates
 from fewshot_asam.engine.selection import Batching, Choice, EngineName, choose, measured
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ExecutionMode",
     "InnerLoop",
     "MetaOutput",
+    "Objective",
     "batch",
     "choose",
     "initial_parameters",
@@ -26,48 +27,54 @@ __all__ = [
     "meta_backward",
     "meta_loss",
     "predict",
+    "rates",
 ]
 
 
 class MetaOutput(NamedTuple):
-    """The queries of a batch of tasks: `loss` (scalar, mean over tasks), `logits` `[T, N*Q, N]`, `accuracy` `[T]`."""
+    """The queries of a batch of tasks: `loss` (scalar, mean over tasks), `logits` `[T, N*Q, N]`, `accuracy` `[T]`.
+
+    Where labels are no classes, as in regression, `logits` are the predictions and `accuracy` is not a number.
+    """
 
     loss: Tensor
     logits: Tensor
     accuracy: Tensor
 
 
-def meta_loss(inner_loop: InnerLoop, tasks: Batch, steps: int, mode: ExecutionMode) -> MetaOutput:
+def meta_loss(inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMode) -> MetaOutput:
     """Adapts to each task's support set and evaluates its queries.
 
     `loss` can be differentiated with respect to the model's parameters; under `torch.no_grad` no graph is built.
     """
-    found = list(run(inner_loop, tasks, steps, mode))
+    found = list(run(inner_loop, batch, steps, mode))
     if mode.batching == "vmap":
         losses, logits = found[0]
     else:
         losses, logits = (torch.stack(column) for column in zip(*found, strict=True))
-    return MetaOutput(losses.mean(), logits, _accuracy(logits, tasks.query[1]))
+    return MetaOutput(losses.mean(), logits, _accuracy(logits, batch.query[1]))
 
 
-def meta_backward(inner_loop: InnerLoop, tasks: Batch, steps: int, mode: ExecutionMode) -> MetaOutput:
+def meta_backward(inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMode) -> MetaOutput:
     """`meta_loss(...).loss.backward()`, but one by one each task's graph is freed before the next is built.
 
     **Returns:** the output without its graph; gradients are added to the parameters' `.grad`.
     """
     losses, logits = [], []
-    for loss, task_logits in run(inner_loop, tasks, steps, mode):
-        (loss.sum() / tasks.num_tasks).backward()  # type: ignore[no-untyped-call]
+    for loss, task_logits in run(inner_loop, batch, steps, mode):
+        (loss.sum() / batch.num_tasks).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         logits.append(task_logits.detach())
     if mode.batching == "vmap":
         loss, all_logits = losses[0], logits[0]
     else:
         loss, all_logits = torch.stack(losses), torch.stack(logits)
-    return MetaOutput(loss.mean(), all_logits, _accuracy(all_logits, tasks.query[1]))
+    return MetaOutput(loss.mean(), all_logits, _accuracy(all_logits, batch.query[1]))
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """The part of right answers in each task: `[T, n, N]`, `[T, n]` -> `[T]`."""
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        return logits.new_full((len(logits),), torch.nan)
     precise = torch.promote_types(logits.dtype, torch.float32)
     return (logits.detach().argmax(-1) == labels).to(precise).mean(-1)

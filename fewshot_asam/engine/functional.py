@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +44,27 @@ class FunctionalModel:
         with self.alone():
             return functional_call(self.module, values, args, kwargs, tie_weights=False)
 
+    def attribute(self, params: dict[str, Tensor], name: str) -> Any:
+        """What the module has by that name, a dotted path: values with `params` in place, what can be called as such.
+
+        Raises `AttributeError` where it has nothing.
+        """
+        if any(name in places for places in self._places.values()):
+            return next(value for place, value in self._values(params).items() if place == name)
+        found = _found(self.module, name)
+        if isinstance(found, nn.Module):
+            return _Layer(self, params, name)
+        return partial(self._called, params, name) if inspect.ismethod(found) else found
+
+    def _values(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = dict((*self.module.named_parameters(), *self.module.named_buffers()))
+        return self._placed(own | params)
+
+    def _called(self, params: dict[str, Tensor], name: str, *args: Any, **kwargs: Any) -> Any:
+        values = {f"module.{place}": value for place, value in self._placed(params).items()}
+        with self.alone():
+            return functional_call(_Caller(self.module), values, (name, *args), kwargs, tie_weights=False)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The module's own parameters, by name."""
         with exclusive:
@@ -74,6 +98,47 @@ class FunctionalModel:
             if self._recurrent:
                 held.enter_context(cudnn.flags(enabled=False))
             yield
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer, or another part, of a module with other values for its parameters."""
+
+    model: FunctionalModel
+    params: dict[str, Tensor]
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model._called(self.params, self.name, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.model.attribute(self.params, f"{self.name}.{name}")
+
+    def __getitem__(self, index: int | str) -> Any:
+        return getattr(self, str(index if isinstance(index, str) else range(len(self))[index]))
+
+    def __len__(self) -> int:
+        return len(_found(self.model.module, self.name))
+
+
+class _Caller(nn.Module):
+    """Calls a part of a module by its name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return _found(self.module, name)(*args, **kwargs)
+
+
+def _found(module: nn.Module, path: str) -> Any:
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def _places(module: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -1,23 +1,29 @@
-"""What is computed for one task: an inner step and the query loss, as pure functions of tensors."""
+"""What is computed for one task: inner steps and the query loss, as pure functions of tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewshot_asam.engine.functional import FunctionalModel
 from fewshot_asam.episodes import Episodes
-from fewshot_asam.rules import inner_step
-from fewshot_asam.rules.inner_step import Gradient, Rule, Vectorise
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.rules import Gradient, Rates, Rule, rule_name
+from fewshot_asam.rules.graph import graph
 from fewshot_asam.rules.perturbations import Params
 from fewshot_asam.rules.validation_sets import Validation, lower_level_sets
 
-State = tuple[Params, Params]
-"""The adapted parameters and the momentum of the validation gradient, which is empty where there is none."""
+State = tuple[Params, Any]
+"""The adapted parameters, and what the rule remembers."""
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""A loss of predictions and labels, such as `torch.nn.functional.cross_entropy`; a mean over images."""
+DataGradient = Callable[[Params, Params, Tensor, Tensor], Params]
+"""The gradient of the loss at adapted and shared parameters, of one task's images and labels or of all tasks'."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,31 +34,37 @@ class InnerLoop:
 
     - `model`: called with images; in inductive mode also with `support=n`.
     - `adapted`: names of the parameters that the inner loop changes.
-    - `lr`: inner learning rate alpha; a tensor of one number where it is learned.
+    - `lr`: inner learning rate alpha, a tensor where it is learned, or a module that gives those of a step by name.
     - `inductive`: the support set alone gives the norm layers' statistics for the queries.
     - `zeroed`: names of the adapted parameters that start every task at zero, whatever the model's own values.
-    - `prepared`: what `engine.ways` keeps for these settings, such as compiled code.
+    - `first_order`: the inner gradients are constants.
+    - `loss`: of support and query sets.
+    - `prepared`: what `engine.execution` keeps for these settings, such as compiled code.
     """
 
     model: FunctionalModel
     rule: Rule
-    lr: float | Tensor
+    lr: float | Tensor | nn.Module
     adapted: tuple[str, ...]
     validation: Validation = "duplicate"
     inductive: bool = False
     zeroed: tuple[str, ...] = ()
+    first_order: bool = False
+    loss: Objective = F.cross_entropy
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 class Batch(NamedTuple):
     """The tensors of one task, or of `T` tasks with a leading dimension.
 
-    - `inner`: training images and labels and, where validation is not a duplicate, those of the validation set.
+    - `support`: training images and labels and, where validation is not a duplicate, those of the validation set.
     - `query`: query images and labels and, in inductive mode, support images.
+    - `step_weights`: nothing, or what the query loss after each inner step counts, `[steps]`, shared by all tasks.
     """
 
-    inner: tuple[Tensor, ...]
+    support: tuple[Tensor, ...]
     query: tuple[Tensor, ...]
+    step_weights: tuple[Tensor, ...] = ()
 
     @property
     def num_tasks(self) -> int:
@@ -69,17 +81,18 @@ class Batch(NamedTuple):
 
     def copied(self) -> Batch:
         """The same numbers in tensors of their own."""
-        inner, query = (tuple(value.clone() for value in tensors) for tensors in self)
-        return Batch(inner, query)
+        return Batch(*(tuple(value.clone() for value in tensors) for tensors in self))
 
     def _take(self, which: int | slice) -> Batch:
-        inner, query = (tuple(value[which] for value in tensors) for tensors in self)
-        return Batch(inner, query)
+        support, query = (tuple(value[which] for value in tensors) for tensors in self[:2])
+        return Batch(support, query, self.step_weights)
 
 
 def batch(inner_loop: InnerLoop, episodes: Episodes, generator: torch.Generator | None) -> Batch:
     """The tensors of all tasks; `generator` is for augmented validation sets."""
-    train, val = lower_level_sets(episodes.support_x, episodes.support_y, inner_loop.validation, generator)
+    unused = inner_loop.validation == "augment" and not inner_loop.rule.needs_validation
+    source: Validation = "duplicate" if unused else inner_loop.validation
+    train, val = lower_level_sets(episodes.support_x, episodes.support_y, source, generator)
     support = (episodes.support_x,) if inner_loop.inductive else ()
     return Batch((*train, *(val or ())), (episodes.query_x, episodes.query_y, *support))
 
@@ -94,10 +107,9 @@ def initial_parameters(inner_loop: InnerLoop) -> Params:
 
 
 def initial_state(inner_loop: InnerLoop) -> State:
-    """The initial parameters, and a momentum of zero where the rule has one."""
+    """The initial parameters, and what the rule remembers before its first step."""
     params = initial_parameters(inner_loop)
-    has_momentum = inner_loop.rule.name == "agnostic_sam" and inner_loop.rule.beta > 0
-    return params, {name: torch.zeros_like(value) for name, value in params.items()} if has_momentum else {}
+    return params, inner_loop.rule.init(params)
 
 
 def shared_parameters(inner_loop: InnerLoop) -> Params:
@@ -106,44 +118,65 @@ def shared_parameters(inner_loop: InnerLoop) -> Params:
     return {name: value for name, value in named if value.requires_grad and name not in inner_loop.adapted}
 
 
+def rates(inner_loop: InnerLoop, step: int) -> Rates:
+    """The inner learning rates of a step, counted from 0, by parameter name."""
+    lr = inner_loop.lr
+    if isinstance(lr, nn.Module):
+        return lr(step)  # type: ignore[no-any-return]
+    return dict.fromkeys(inner_loop.adapted, lr.reshape(()) if isinstance(lr, Tensor) else lr)
+
+
 @dataclass(frozen=True)
 class SupportLoss:
     """The loss on labelled images `x`, `y` as a function of the adapted parameters; `shared` are the others."""
 
-    model: FunctionalModel
+    inner_loop: InnerLoop
     shared: Params
     x: Tensor
     y: Tensor
 
     def __call__(self, params: Params) -> Tensor:
-        return support_loss(self.model, self.shared, self.x, self.y, params)
+        return support_loss(self.inner_loop, self.shared, self.x, self.y, params)
 
 
-def support_loss(model: FunctionalModel, shared: Params, x: Tensor, y: Tensor, params: Params) -> Tensor:
+def support_loss(inner_loop: InnerLoop, shared: Params, x: Tensor, y: Tensor, params: Params) -> Tensor:
     """What a `SupportLoss` computes."""
-    return F.cross_entropy(predict(model, {**shared, **params}, x), y)
+    return inner_loop.loss(predict(inner_loop.model, {**shared, **params}, x), y)
 
 
-def step(
-    inner_loop: InnerLoop,
-    gradient: Gradient,
-    vectorise: Vectorise,
-    state: State,
-    shared: Params,
-    lr: float | Tensor,
-    data: tuple[Tensor, ...],
-) -> State:
-    """One inner step of `lr` on `Batch.inner`, of one task or, with a `gradient` and `vectorise` for that, of all."""
-    losses = [SupportLoss(inner_loop.model, shared, x, y) for x, y in zip(data[::2], data[1::2], strict=True)]
-    train_loss, val_loss = losses if len(losses) > 1 else (losses[0], None)
-    return inner_step.step(inner_loop.rule, *state, train_loss, val_loss, lr, gradient, vectorise)
+def gradients(
+    inner_loop: InnerLoop, gradient: DataGradient, shared: Params, data: tuple[Tensor, ...]
+) -> tuple[Gradient, Gradient]:
+    """A rule's `train_grad` and `val_grad` on `Batch.support`; one function where validation is a duplicate."""
+
+    def of(x: Tensor, y: Tensor) -> Gradient:
+        def grad(params: Params) -> Params:
+            with graph(not inner_loop.first_order):
+                return gradient(params, shared, x, y)
+
+        return grad
+
+    train, *val = (of(x, y) for x, y in zip(data[::2], data[1::2], strict=True))
+    return train, (val or [train])[0]
 
 
-def query(inner_loop: InnerLoop, state: State, shared: Params, data: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The query loss and logits of one task after adaptation, on `Batch.query`."""
+def step(inner_loop: InnerLoop, state: State, grads: tuple[Gradient, Gradient], lr: Rates) -> State:
+    """One inner step of one task; raises `FewShotError` for a rule that returns something else than new parameters."""
+    found: Any = inner_loop.rule.step(*state, *grads, lr)
+    made = found[0] if isinstance(found, tuple) and len(found) == 2 else None
+    if not isinstance(made, dict) or made.keys() != state[0].keys():
+        raise FewShotError(
+            f"rule {rule_name(inner_loop.rule)} returned something else than the new parameters, by the same names, "
+            "and the new state; expected a tuple of these two"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def query(inner_loop: InnerLoop, params: Params, shared: Params, data: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The query loss and predictions of one task after adaptation, on `Batch.query`."""
     x, y, *support = data
-    logits = predict(inner_loop.model, {**shared, **state[0]}, x, *support)
-    return F.cross_entropy(logits, y), logits
+    logits = predict(inner_loop.model, {**shared, **params}, x, *support)
+    return inner_loop.loss(logits, y), logits
 
 
 def predict(model: FunctionalModel, params: Params, x: Tensor, support: Tensor | None = None) -> Tensor:

@@ -140,7 +140,7 @@ def cell_name(config: TrainConfig) -> str:
     """The run in a few words and a digest of all settings that its weights depend on."""
     usual = plain(TrainConfig()) | FIRST_DEFAULTS
     settings = {
-        name: value for name, value in plain(config).items() if value != usual[name] and name not in WITHOUT_EFFECT
+        name: value for name, value in plain(config).items() if value != usual.get(name) and name not in WITHOUT_EFFECT
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{config.title}-{digest[:10]}"

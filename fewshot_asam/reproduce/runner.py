@@ -26,7 +26,7 @@ from fewshot_asam.reproduce.plan import ELSEWHERE, Cell, Test, adaptation_comman
 from fewshot_asam.runtime.signals import Stop, Stopped, deadline
 from fewshot_asam.training import run_folder
 from fewshot_asam.training.build import load_data, resolve_device
-from fewshot_asam.training.config import TrainConfig, plain
+from fewshot_asam.training.config import TrainConfig, plain, with_rule
 from fewshot_asam.training.evaluation import interval
 from fewshot_asam.training.identity import identify
 from fewshot_asam.training.loop import train
@@ -162,7 +162,7 @@ def _tests(cell: Cell, config: TrainConfig, folder: Path, stop: Stop) -> list[Re
 def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between: Callable[[], object]) -> Record:
     started = time.monotonic()
     adaptation: dict[str, Any] = {"inner": test.inner, "inner_steps": test.inner_steps, "inner_lr": test.inner_lr}
-    adapting = replace(config, **adaptation)
+    adapting = replace(with_rule(config, test.inner), **adaptation)
     learner = best_learner(folder, adapting, dataset, identify(config, dataset))
     found = evaluated(learner, adapting, dataset.test, test.tasks, between=between)
     record: Record = {"command": adaptation_command(test._asdict())}

@@ -8,12 +8,12 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fewshot_asam.reproduce.plan import MOST_TASKS
-from fewshot_asam.rules.inner_step import RuleName
+from fewshot_asam.rules import rule_names
 from fewshot_asam.training.config import TrainConfig
 
 Counts = np.ndarray[Any, np.dtype[np.uint16]]
@@ -73,7 +73,7 @@ TRAINING = {
 COURSE = {"iteration": _list(COUNT), "seconds": _list(TIME), "accuracy": _list(PART)}
 CONGRUENCE = {"congruence_before": _list(COSINE), "congruence_after": _list(COSINE)}
 TEST = {
-    "inner": Kind(f"one of {', '.join(get_args(RuleName))}", lambda value: value in get_args(RuleName)),
+    "inner": Kind(f"one of {', '.join(rule_names())}", lambda value: value in rule_names() or ":" in str(value)),
     **{"inner_steps": _whole(1, 10_000), "inner_lr": _number(0, 1e30)},
     **{"tasks": _whole(2, MOST_TASKS), "query_images": _whole(1, 65_535), "right": WORD},
 }

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fewshot_asam.analysis.congruence import ascent_radius
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.ledger import Record
 from fewshot_asam.reproduce.plan import Plan, Section, Test, resolved
@@ -137,5 +138,5 @@ class Cosines(NamedTuple):
 
 def cosines_of(config: TrainConfig) -> Cosines:
     """The radius of `theta_v` and the validation set of a run's congruence."""
-    radius = f"{config.rule.radii[1]:g}" + (" (ASAM)" if config.adaptive else "")
+    radius = f"{ascent_radius(config.rule, config.rho):g}" + (" (ASAM)" if config.adaptive else "")
     return Cosines(radius, "held out" if config.validation == "split" else "augmented copy")

@@ -14,6 +14,8 @@ tensors by parameter name, differentiable twice, and they use one L2 norm over a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ SMALLEST_SQUARED_NORM = 1e-24
 """Keeps the norm and its derivatives finite at a gradient of zero."""
 
 
-def norm(tree: Params) -> Tensor:
+def l2_norm(tree: Params) -> Tensor:
     """The L2 norm over all tensors together, a scalar."""
     return (_squared_norm(tree) + SMALLEST_SQUARED_NORM).sqrt()
 
@@ -75,6 +77,11 @@ def momentum(previous: Params, grad: Params, beta: float) -> Params:
     if not previous:
         return {name: (1 - beta) * value for name, value in grad.items()}
     return {name: beta * previous[name] + (1 - beta) * value for name, value in grad.items()}
+
+
+def descended(params: Params, grad: Params, lr: Mapping[str, float | Tensor]) -> Params:
+    """`params - lr * grad`, tensor by tensor, each of the precision that it had."""
+    return {name: value - (lr[name] * grad[name]).to(value.dtype) for name, value in params.items()}
 
 
 def _squared_norm(tree: Params) -> Tensor:

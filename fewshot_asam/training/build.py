@@ -69,6 +69,7 @@ def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> Met
         validation=config.validation,
         norm=config.norm,
         zero_head=config.head_init == "zeros_every_task",
+        first_order=config.first_order,
         engine=config.engine,
         torch_compile=config.torch_compile,
         recompute=config.recompute,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -15,12 +15,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.learners import Norm
 from fewshot_asam.models import Adapt, ModelName
 from fewshot_asam.models.initialisation import Init
-from fewshot_asam.rules.inner_step import Rule, RuleName
+from fewshot_asam.rules import Rule, rule_class
 from fewshot_asam.rules.validation_sets import Validation
 from fewshot_asam.runtime.yaml_settings import conforming, explained, read_yaml, require_known, require_plain
+from fewshot_asam.verification.settings import Norm
 
 DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
 
@@ -29,8 +29,9 @@ DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
 class TrainConfig:
     """Settings of a training run; the docstrings are the command line's help."""
 
-    inner: RuleName = "agnostic_sam"
-    """rule of the lower level (inner loop)"""
+    inner: str = "agnostic_sam"
+    """rule of the lower level (inner loop): maml, sharp_maml_low, agnostic_sam, or one of your own,
+    package.module:Rule, whose fields are options too"""
     ways: int = 5
     """classes in a task, N"""
     shots: int = 1
@@ -133,14 +134,16 @@ class TrainConfig:
     """of convolutions and matrix products: float32, tf32 (GPU), bfloat16 (autocast)"""
     output_dir: Path | None = None
     """run folder; if not given, a new one under runs/"""
+    inner_settings: dict[str, Any] = field(default_factory=dict)
+    """settings of a rule of your own, by name"""
 
     def __post_init__(self) -> None:
         kinds = _kinds()
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is not None:
-                raise FewShotError(f"{field.name} is null; expected a value such as {field.default}")
-            object.__setattr__(self, field.name, conforming(field.name, value, kinds[field.name]))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is None and one.default is not None:
+                raise FewShotError(f"{one.name} is null; expected a value such as {one.default}")
+            object.__setattr__(self, one.name, conforming(one.name, value, kinds[one.name]))
         for name in COUNTS:
             require_count(name, getattr(self, name))
         for name in ("image_size", "hidden", "inner_steps", "meta_batch_size"):
@@ -174,23 +177,40 @@ class TrainConfig:
 
     @property
     def rule(self) -> Rule:
-        """The lower-level rule with its switches."""
-        names = {field.name for field in fields(Rule)} - {"name"}
-        return Rule(self.inner, **{name: getattr(self, name) for name in names})
+        """The lower-level rule with its settings: this class's own and, for somebody's rule, `inner_settings`.
+
+        A rule of somebody's takes from this class what is not as by default.
+        """
+        kind, own = rule_class(self.inner), ":" not in self.inner
+        hints, usual = get_type_hints(kind), {one.name: one.default for one in fields(TrainConfig)}
+        names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+        require_known(self.inner_settings, () if own else names, f"inner_settings of {self.inner}")
+        said = {
+            name: getattr(self, name) for name in names if name in usual and (own or getattr(self, name) != usual[name])
+        } | self.inner_settings
+        return kind(**{name: conforming(name, value, hints[name]) for name, value in said.items()})
 
     @property
     def rule_text(self) -> str:
-        """The rule with its radius, and every switch and start that is not as usual."""
-        usual = TrainConfig()
-        names = [*[field.name for field in fields(Rule)][2:], "validation", "adapt", "init", "head_init"]
-        changed = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) != getattr(usual, name)]
-        radius = "" if self.inner == "maml" else f" of rho {self.rho:g}"
-        return ", ".join([self.inner + radius, *changed])
+        """The rule with its radius, and every setting and start that is not as usual."""
+        usual, rule = TrainConfig(), self.rule
+        radius = f" of rho {rule.rho:g}" if hasattr(rule, "rho") else ""
+        said = {one.name: getattr(rule, one.name) for one in fields(rule) if one.name != "rho"}  # type: ignore[arg-type]
+        said = {name: value for name, value in said.items() if value != getattr(usual, name, None)}
+        names = ["first_order", "validation", "adapt", "init", "head_init"]
+        said |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
+        return ", ".join([self.inner + radius, *(f"{name} {value}" for name, value in said.items())])
 
     @property
     def title(self) -> str:
         """The run in a few words, fit for a file name."""
-        return f"{self.dataset}-{self.ways}w{self.shots}s-{self.inner}-seed{self.seed}"
+        inner = self.inner.rpartition(":")[2]
+        return f"{self.dataset}-{self.ways}w{self.shots}s-{inner}-seed{self.seed}"
+
+
+def with_rule(config: TrainConfig, inner: str) -> TrainConfig:
+    """The settings with another rule, which takes over what this class holds."""
+    return config if inner == config.inner else replace(config, inner=inner, inner_settings={})
 
 
 @cache
@@ -238,7 +258,7 @@ def located(config: TrainConfig) -> TrainConfig:
 def changed(config: TrainConfig) -> dict[str, Any]:
     """The settings that are not as by default, as numbers, strings and lists."""
     usual = plain(TrainConfig())
-    return {name: value for name, value in plain(config).items() if value != usual[name]}
+    return {name: value for name, value in plain(config).items() if value != usual.get(name)}
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -247,23 +267,24 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The settings as numbers, strings and lists."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    """The settings as numbers, strings and lists; those of somebody's rule are left out where it is none of theirs."""
+    found = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    return {key: value for key, value in found.items() if value or key != "inner_settings"}
 
 
 def from_yaml(path: Path) -> TrainConfig:
     """The settings that `to_yaml` wrote; raises `FewShotError` naming a file that is not of that kind."""
     read = read_yaml(path)
-    names = [field.name for field in fields(TrainConfig)]
+    names = [one.name for one in fields(TrainConfig)]
     require_known(read, names, f"{path} is of another version")
-    if missing := [name for name in names if name not in read]:
+    if missing := [name for name in names if name not in read and name != "inner_settings"]:
         raise FewShotError(f"{path} lacks {', '.join(missing)}; it was cut short or is of another version")
     return from_plain(read, str(path))
 
 
 def from_plain(values: Mapping[str, object], origin: str) -> TrainConfig:
     """The settings given as numbers, strings and lists, the others by default; `origin` is said in errors."""
-    require_known(values, [field.name for field in fields(TrainConfig)], origin)
+    require_known(values, [one.name for one in fields(TrainConfig)], origin)
     for name, value in values.items():
         require_plain(f"{origin}: {name}", value)
     try:

@@ -283,7 +283,7 @@ def _congruence(training: TrainState) -> dict[str, float]:
         return {}
     sampler = evaluation_sampler(config, training.dataset.val)
     episodes = sampler.sample(config.congruence_tasks)
-    before, after = congruence(training.learner, episodes, sampler.augmentation).mean(0).tolist()
+    before, after = congruence(training.learner, episodes, sampler.augmentation, training.config.rho).mean(0).tolist()
     return {"congruence_before": before, "congruence_after": after}
 
 

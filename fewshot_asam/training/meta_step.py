@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewshot_asam import engine
 from fewshot_asam.engine import Batch
 from fewshot_asam.engine.cuda_graph import CudaGraphed, CudaGraphs
 from fewshot_asam.learners import MetaLearner
@@ -47,10 +46,10 @@ def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainCo
     """
     parameters = list(learner.parameters())
 
-    def gradient(tasks: Batch) -> Tensor:
+    def gradient(batch: Batch) -> Tensor:
         """The meta-gradient, the loss and the accuracy of some tasks, `[parameters + 2]`."""
         adam.zero_grad()
-        output = engine.meta_backward(learner.inner_loop, tasks, config.inner_steps, learner.execution_mode(tasks))
+        output = learner.batch_backward(batch, config.inner_steps)
         gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
         return torch.cat([g.flatten() for g in (*gradients, output.loss, output.accuracy.mean())])
 
@@ -67,12 +66,12 @@ def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainCo
         return CudaGraphed(body, CudaGraphs()) if wanted else body
 
     if distributed.size() == 1:
-        return recorded(lambda tasks: step(gradient(tasks)))
+        return recorded(lambda batch: step(gradient(batch)))
     own_gradient = recorded(gradient)
 
-    def together(tasks: Batch) -> Tensor:
-        own = tasks.part(distributed.share(tasks.num_tasks))
-        flat = own_gradient(own) * (own.num_tasks / tasks.num_tasks)
+    def together(batch: Batch) -> Tensor:
+        own = batch.part(distributed.share(batch.num_tasks))
+        flat = own_gradient(own) * (own.num_tasks / batch.num_tasks)
         distributed.all_reduce_sum(flat)
         return step(flat)
 

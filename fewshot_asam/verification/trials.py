@@ -48,7 +48,7 @@ class Trials:
     def _problem(self, mode: Mode, call: Call) -> str:
         if self._unneeded():
             return ""
-        order: Order = 2 if torch.is_grad_enabled() and not self.inner_loop.rule.first_order else 1
+        order: Order = 2 if torch.is_grad_enabled() and not self.inner_loop.first_order else 1
         key = (mode, order, tuple(layer.training for layer in self.inner_loop.model.module.modules()))
         if key not in self._known:
             problem = diagnosed(self.inner_loop.model, self.inner_loop.adapted, mode, order, call)

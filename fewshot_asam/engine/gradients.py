@@ -1,0 +1,71 @@
+"""The gradient of a loss with respect to a task's parameters, in each of the forms that the engine needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewshot_asam.errors import FewShotError
+from fewshot_asam.rules import Gradient
+from fewshot_asam.rules.perturbations import Params
+
+Loss = Callable[[Params], Tensor]
+
+
+def autograd_gradient(loss: Loss, params: Params) -> Params:
+    """Gradients by `torch.autograd.grad`, for any Python closure; under `torch.no_grad` they carry no graph."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not differentiable:
+            params = {name: value.detach().requires_grad_() for name, value in params.items()}
+        grads = torch.autograd.grad(
+            loss(params), list(params.values()), create_graph=differentiable, allow_unused=True, materialize_grads=True
+        )
+    return dict(zip(params, grads, strict=True))
+
+
+def functional_gradient(loss: Loss, params: Params) -> Params:
+    """Gradients by `torch.func.grad`, which also works inside `vmap`; under `torch.no_grad` they carry no graph."""
+    grads: Params = torch.func.grad(loss)(params)
+    return grads
+
+
+def of_all_tasks(gradient: Gradient) -> Gradient:
+    """A gradient of all tasks at once as one to be called inside `vmap` over them.
+
+    What is compiled cannot run inside `vmap`, and need not: a rule is vectorised, and where it asks for a gradient all
+    tasks' parameters leave `vmap` together.
+
+    **Arguments:**
+
+    - `gradient`: takes and returns tensors with a leading dimension of tasks.
+    """
+
+    def inside(params: Params) -> Params:
+        grads = _Outside.apply(gradient, tuple(params), *params.values())  # type: ignore[no-untyped-call]
+        return dict(zip(params, grads, strict=True))
+
+    return inside
+
+
+class _Outside(torch.autograd.Function):
+    """Calls a function with the tensors that `vmap` has wrapped; never differentiated itself."""
+
+    @staticmethod
+    def forward(gradient: Gradient, names: tuple[str, ...], *values: Tensor) -> Any:
+        raise FewShotError("a rule asked for the gradient at parameters that do not depend on the task's own")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, gradient: Gradient, names: tuple[str, ...], *values: Tensor) -> Any:
+        moved = (
+            value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            for value, dim in zip(values, in_dims[2:], strict=True)
+        )
+        grads = gradient(dict(zip(names, moved, strict=True)))
+        return tuple(grads[name] for name in names), (0,) * len(names)
