@@ -79,7 +79,7 @@ COMMANDS = [
     # Values that there are not.
     (
         "--inner mamml",
-        "inner is 'mamml'; expected one of agnostic_sam, maml, sharp_maml_low, or package.module:Rule; did you mean maml?",
+        "expected one of agnostic_sam, maml, sharp_maml_low, or package.module:Rule; did you mean maml?",
     ),
     ("--inner sharp_maml", "did you mean sharp_maml_low?"),
     ("--dataset mini-imagenet", "did you mean mini_imagenet?"),

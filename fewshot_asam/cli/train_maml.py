@@ -41,7 +41,9 @@ def _parser(defaults: TrainConfig, rule: Any) -> Parser:
 def _settings(argv: Sequence[str], defaults: TrainConfig) -> tuple[TrainConfig, bool]:
     inner = said(argv, "inner") or defaults.inner
     rule: Any = rule_class(inner) if ":" in inner else None
-    given = parse(_parser(defaults if inner == defaults.inner else with_rule(defaults, inner), rule), argv)
+    if rule or ":" in defaults.inner:
+        defaults = with_rule(defaults, inner)
+    given = parse(_parser(defaults, rule), argv)
     own = [one.name for one in fields(rule)] if rule else []
     values = {one.name: given[one.name] for one in fields(TrainConfig) if one.name not in (*own, "inner_settings")}
     values["inner_settings"] = {name: given[name] for name in own}
