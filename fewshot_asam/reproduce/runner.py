@@ -31,7 +31,7 @@ from fewshot_asam.training.evaluation import interval
 from fewshot_asam.training.identity import identify
 from fewshot_asam.training.loop import train
 from fewshot_asam.training.metrics import read_metrics
-from fewshot_asam.training.state import Diverged, best_learner, evaluated
+from fewshot_asam.training.state import Diverged, evaluated, trained_learner
 from fewshot_asam.version import __version__
 
 FEWER = 600
@@ -163,7 +163,7 @@ def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between
     started = time.monotonic()
     adaptation: dict[str, Any] = {"inner": test.inner, "inner_steps": test.inner_steps, "inner_lr": test.inner_lr}
     adapting = replace(config, **adaptation)
-    learner = best_learner(folder, adapting, dataset, identify(config, dataset))
+    learner = trained_learner(folder, adapting, dataset, identify(config, dataset))
     found = evaluated(learner, adapting, dataset.test, test.tasks, between=between)
     record: Record = {"command": adaptation_command(test._asdict())}
     record |= adaptation | {"rule": adapting.rule_text, "norm": config.norm, "queries": config.queries}
