@@ -64,9 +64,9 @@ def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
     assert f"MAML reaches {100 * mean:.2f} ± {100 * half_width:.2f} % on Folder 3-way 1-shot ([tiny](tiny.md)" in first
     assert "one seed each" in first
     assert "Not known: no claim has been tested with several seeds" in first
-    assert columns(text, "| it is better |")[-2] == "one seed: no verdict"
-    for word in ("confirmed", "**better", "**worse", "in favour"):
-        assert word not in text.replace("is confirmed or contradicted", "").replace("is in favour", "")
+    assert "claims and questions have no verdict yet" in text
+    for word in ("confirmed", "better", "worse", "in favour"):
+        assert word not in text
     assert "Paired differences" not in text
 
 

@@ -57,6 +57,9 @@ def _pairs(plan: PlanResults) -> Iterable[str]:
         [one for one in pair_results(plan, pairs) if one.comparison is not None or one.diverged]
         for pairs in (plan.plan.claims, plan.plan.questions, plan.plan.controls)
     )
+    if claims + questions and all(one.seeds < 2 and not one.diverged for one in claims + questions):
+        yield "One seed: the plan's claims and questions have no verdict yet.\n"
+        return
     if claims:
         yield (
             "## Published claims\n\nA claim is confirmed or contradicted where the paper gives figures for the "

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fewshot_asam.reproduce.comparisons import noise_floor
 from fewshot_asam.reproduce.plan import Plan, Section
 from fewshot_asam.reproduce.radius_sweeps import Curve, Sweep, radius_sweeps
 from fewshot_asam.reproduce.section_results import PlanResults, Runs, SectionResults
@@ -22,7 +23,7 @@ def draw(plan: PlanResults, folder: Path) -> None:
         if results.runs:
             save(_curves(results), folder / curves_name(plan.plan, results.section))
     for name, sweep in sweep_names(plan.plan, radius_sweeps(plan.sections)).items():
-        save(_radii(sweep), folder / name)
+        save(_radii(sweep, noise_floor(plan)), folder / name)
 
 
 def curves_name(plan: Plan, section: Section) -> str:
@@ -42,7 +43,7 @@ def _curves(results: SectionResults) -> Figure:
     figure = Figure(figsize=(10, 8 if congruence else 4), layout="constrained")
     panels = figure.subplots(2 if congruence else 1, 2, squeeze=False)
     for number, (rule, runs) in enumerate(results.runs.items()):
-        style = {"color": f"C{number}", "label": rule if len(runs) == 1 else f"{rule} ({len(runs)} seeds)"}
+        style = {"color": f"C{number}", "label": f"{rule} ({len(runs)} seed{'s' * (len(runs) > 1)})"}
         minutes = _column(_mean(_courses(runs, "seconds")), 1 / 60)
         iterations = next(iter(runs.values()))["validation"]["iteration"]
         for panel, x in zip(panels[0], (iterations, minutes), strict=True):
@@ -62,7 +63,7 @@ def _curves(results: SectionResults) -> Figure:
     return figure
 
 
-def _radii(sweep: Sweep) -> Figure:
+def _radii(sweep: Sweep, floor: float | None) -> Figure:
     """Accuracy, and the paired difference to MAML; points of equal radius side by side."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     accuracy, over_maml = figure.subplots(1, 2)
@@ -74,6 +75,9 @@ def _radii(sweep: Sweep) -> Figure:
         _points(accuracy, {x: point.accuracy for x, point in points.items()}, style)
         _points(over_maml, {x: point.over_maml for x, point in points.items() if point.over_maml}, style)
     over_maml.axhline(0, color="black", linewidth=0.8)
+    if floor is not None:
+        over_maml.axhspan(-100 * floor, 100 * floor, color="black", alpha=0.08, linewidth=0)
+        over_maml.set_title("grey: what the control's two equal rules may differ by", fontsize=10)
     accuracy.set(xscale="log", xlabel="rho", ylabel="test accuracy, %")
     over_maml.set(xscale="log", xlabel="rho", ylabel="minus MAML of the same seeds, points")
     for panel in (accuracy, over_maml):

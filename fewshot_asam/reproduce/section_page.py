@@ -71,7 +71,8 @@ def _precision(results: SectionResults) -> str:
         kind = "± is over seeds (with one seed: over tasks)."
     else:
         kind = "One seed, and ± is over tasks: other seeds would give other differences between the rules."
-    return f"{kind} Time includes validations{f'; {where}' if where else ''}."
+    weights = "The weights are those that were best on validation tasks, unless it says last."
+    return f"{weights} {kind} Time includes validations{f'; {where}' if where else ''}."
 
 
 def _results(results: SectionResults) -> str:
@@ -79,6 +80,7 @@ def _results(results: SectionResults) -> str:
     section = results.section
     tests = list(section.tests) if len(section.tests) <= FEW_TESTS else [results.main_test]
     last_tasks = sorted({r["test_tasks"] for runs in results.runs.values() for r in runs.values() if "test_tasks" in r})
+    tested = any(section.tests[name].get("weights") == "last" for name in tests)
     last = f"last weights, {', '.join(f'{n:,}' for n in last_tasks)} tasks"
     head = ["rule", "published, %", *(_test_title(results, name) for name in tests), last]
     head += ["iterations", "best at", "minutes", "ms an iteration", "time", "seeds"]
@@ -87,7 +89,7 @@ def _results(results: SectionResults) -> str:
         runs = results.runs.get(rule, {}).values()
         row = [rule, figure(section.published.get(rule))]
         row += [accuracy([*results.means(rule, name).values()]) for name in tests]
-        row += [accuracy([*results.last_weights(rule).values()]), f"{config.iterations:,}"]
+        row += [NOTHING if tested else accuracy([*results.last_weights(rule).values()]), f"{config.iterations:,}"]
         if runs:
             row += [", ".join(dict.fromkeys(f"{record['best_iteration']:,}" for record in runs))]
             row += [f"{over_seeds([record['wall_seconds'] / 60 for record in runs]).mean:.1f}"]
@@ -101,8 +103,7 @@ def _results(results: SectionResults) -> str:
 
 
 def _test_title(results: SectionResults, name: str) -> str:
-    test = results.section.tests[name]
-    return f"{name}, {test.get('weights', 'best')} weights, {test['tasks']:,} tasks"
+    return f"{name}, {results.section.tests[name]['tasks']:,} tasks"
 
 
 def _other_tests(results: SectionResults) -> str:
