@@ -128,7 +128,7 @@ def test_a_deadline_trains_without_testing(tiny: Path, images: Path, tmp_path: P
     printed, problem = process.communicate(timeout=120)
     assert process.returncode == 0, problem
     (line,) = (line for line in printed.splitlines() if line.startswith("cell 1 of 4"))
-    assert re.search(r" a test task\): \d+ stays of 0\.5 minutes$", line)
+    assert re.search(r" a test task\): \d+ pieces of 0\.5 minutes$", line)
     assert printed.splitlines()[-1] == "0 of 4 cells are done; the same command goes on"
     (run,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     assert not (run / "summary.json").exists()

@@ -163,5 +163,5 @@ def _not_run(plans: Sequence[PlanResults]) -> Iterable[str]:
         yield "\n".join(lines) + "\n"
         yield (
             "These commands run it, on a GPU where there is one, and go on with what was stopped; `--max-minutes 9` "
-            f"cuts them into short stays:\n\n{block(commands)}"
+            f"cuts them into short pieces:\n\n{block(commands)}"
         )

@@ -96,9 +96,9 @@ def _run_unless_done(cell: Cell, name: str, place: Place, minutes: float | None,
 
 
 def _pieces(expected: Estimate, minutes: float | None) -> str:
-    """How many stays of so many minutes a cell will take, where one is not enough."""
-    stays = math.ceil((expected.training + (expected.tests or 0.0)) / (60 * minutes)) if minutes else 1
-    return f": {stays} stays of {minutes:g} minutes" if minutes and stays > 1 else ""
+    """How many pieces of so many minutes a cell will take, where one is not enough."""
+    pieces = math.ceil((expected.training + (expected.tests or 0.0)) / (60 * minutes)) if minutes else 1
+    return f": {pieces} pieces of {minutes:g} minutes" if minutes and pieces > 1 else ""
 
 
 @contextmanager
