@@ -316,7 +316,7 @@ def test_random_numbers_and_modes_are_left_as_they_were() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    MAML(model, 0.1).way(MAML(model, 0.1).batch(episodes()))
+    MAML(model, 0.1).execution_mode(MAML(model, 0.1).batch(episodes()))
     assert torch.equal(torch.rand(3), expected)
     assert [layer.training for layer in model.modules()] == modes
 

@@ -73,6 +73,10 @@ FORGED: list[tuple[Forgery, str]] = [
     (put("tests", 0, "inner", "sgd"), "inner is 'sgd'; expected one of maml"),
     (put("tests", 0, "inner", ["maml"]), "inner is ['maml']"),
     (put("tests", 0, "inner_steps", 1.5), "inner_steps is 1.5"),
+    (put("tests", 0, "weights", "middle"), "weights is 'middle'; expected best or last"),
+    (put("tests", 0, "weights", ["last"]), "weights is ['last']"),
+    (put("last_test_accuracy", 97), "last_test_accuracy is 97"),
+    (put("last_test_accuracy", 0.97), "last_test_ci95 is missing"),
     (put("tests", 0, "inner_lr", float("nan")), "inner_lr is nan"),
     (put("tests", 0, "tasks", 10**12), "tasks is 1000000000000"),
     (put("tests", 0, "tasks", 5999), "right does not hold 5,999 numbers"),
@@ -126,7 +130,7 @@ def test_forged_records(tmp_path: Path, forge: Forgery, message: str) -> None:
 
 def test_a_forged_record_is_not_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, put("tests", 0, "of_600", "mean", 60.0))
-    assert reproduce_maml.main([str(ROOT / "plans" / "small.yaml"), "--render", "--results", str(tmp_path)]) == 2
+    assert reproduce_maml.main([str(ROOT / "experiments" / "small.yaml"), "--render", "--results", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {file} line 2: ")
     assert len(said.splitlines()) == 1

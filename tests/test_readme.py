@@ -36,7 +36,7 @@ def test_there_are_command_lines() -> None:
 
 def test_the_reproduction_s_figures_are_those_of_its_page() -> None:
     section = README.split("## Do the published claims hold?")[1].split("\n## ")[0]
-    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    page = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.md"))
     figures = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section)
     assert figures
     assert [figure for figure in figures if f"| {figure} |" not in page] == []

@@ -27,7 +27,7 @@ with importing():
     from fewshot_asam.training.identity import data, identify, require_same_everywhere, shared
     from fewshot_asam.training.loop import result_text
     from fewshot_asam.training.run_folder import stored_settings
-    from fewshot_asam.training.state import best_learner, evaluated
+    from fewshot_asam.training.state import WeightsName, evaluated, trained_learner
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class EvalConfig:
     """test tasks"""
     seed: int = 0
     """of the test tasks"""
+    weights: WeightsName = "best"
+    """those that were best on the validation tasks, or the last ones"""
     inner: str | None = None
     """adapt with this rule instead of the one that the run was trained with"""
     inner_steps: int | None = None
@@ -75,8 +77,10 @@ def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:
                 )
 
 
-def _line(accuracies: Tensor, trained: TrainConfig, tested: TrainConfig) -> str:
-    line = result_text(tested, interval(accuracies), len(accuracies))
+def _line(accuracies: Tensor, weights: WeightsName, trained: TrainConfig, tested: TrainConfig) -> str:
+    line = ("" if weights == "best" else f"of the {weights} weights ") + result_text(
+        tested, interval(accuracies), len(accuracies)
+    )
     changed = [name for name in OVERRIDES[:3] if getattr(trained, name) != getattr(tested, name)]
     differences = ", ".join(f"{name} {getattr(trained, name)}" for name in changed)
     return line + (f", NOT as trained ({differences})" if changed else ", as trained")
@@ -105,13 +109,13 @@ def command(argv: Sequence[str]) -> None:
     identity = identify(first_run, dataset)
     require_same_everywhere(data(identity))
     learners = {
-        folder: best_learner(Path(folder), tested, dataset, identity.of(trained))
+        folder: trained_learner(Path(folder), tested, dataset, identity.of(trained), test.weights)
         for folder, (trained, tested) in settings.items()
     }
     accuracies: dict[str, Tensor] = {}
     for folder, config in to_test.items():
         accuracies[folder] = evaluated(learners[folder], config, dataset.test, test.tasks, test.seed)
-        distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], *settings[folder])}")
+        distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], test.weights, *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])
         distributed.print_rank0(f"{first} minus {second}: {difference} (paired, the same {test.tasks} tasks)")

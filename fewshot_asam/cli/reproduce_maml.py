@@ -1,7 +1,8 @@
-"""`reproduce_maml`: run plans of experiments, write a ledger of them, render it as a page.
+"""`reproduce_maml`: run plans of experiments, write a ledger of them, render it as pages.
 
-reproduce_maml experiments/small.yaml --data-root DATA
-reproduce_maml experiments/small.yaml experiments/paper.yaml --render
+reproduce_maml experiments/omniglot.yaml --data-root DATA
+reproduce_maml experiments/paper.yaml --data-root DATA --max-minutes 9
+reproduce_maml experiments/*.yaml --render
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from fewshot_asam.cli.surroundings import importing
 with importing():
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
     from fewshot_asam.errors import FewShotError
-    from fewshot_asam.reproduce.page import write_page
+    from fewshot_asam.reproduce.pages import write_pages
     from fewshot_asam.reproduce.plan import cells, read_plan
-    from fewshot_asam.reproduce.runner import Place, work
+    from fewshot_asam.reproduce.runner import Place, run_queue
     from fewshot_asam.runtime.allocator import keep_freed_memory
 
 
@@ -29,7 +30,7 @@ class QueueConfig:
     data_root: Path | None = None
     """folder that holds the datasets' files"""
     results: Path = Path("results")
-    """folder of the ledger, the page and its figures"""
+    """folder of the ledger, the pages and their figures"""
     runs: Path = Path("runs/reproduce")
     """folder of the run folders"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -39,10 +40,14 @@ class QueueConfig:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Parses the arguments, then runs what the ledger lacks or, with `--render`, writes the page."""
+    """Parses the arguments, then runs what the ledger lacks or, with `--render`, writes the pages."""
     parser = Parser(prog="reproduce_maml", description="Run plans of experiments, or render what was found.")
     parser.add_argument("plans", nargs="+", help="YAML files, run in this order")
-    parser.add_argument("--render", action="store_true", help="run nothing; write README.md from the ledger")
+    parser.add_argument(
+        "--render",
+        action="store_true",
+        help="run nothing; write README.md, a page for each plan and their figures from the ledger",
+    )
     add_settings(parser, QueueConfig)
     given: Any = parse(parser, argv)
     settings = QueueConfig(**{field.name: given[field.name] for field in fields(QueueConfig)})
@@ -50,11 +55,11 @@ def command(argv: Sequence[str]) -> None:
         raise FewShotError(f"max_minutes is {settings.max_minutes}; expected a number above 0 and below 1e6")
     plans = [read_plan(Path(name)) for name in given.plans]
     if given.render:
-        write_page(plans, settings.results)
+        write_pages(plans, settings.results)
         return
     keep_freed_memory()
     data = settings.data_root and settings.data_root.absolute()
-    work(cells(plans), Place(data, settings.results, settings.runs, settings.device), settings.max_minutes)
+    run_queue(cells(plans), Place(data, settings.results, settings.runs, settings.device), settings.max_minutes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.reproduce.plan import WITHOUT_EFFECT, Cell, Test
+from fewshot_asam.reproduce.plan import NOT_IN_NAMES, Adaptation, Cell, Test
 from fewshot_asam.reproduce.schema import cell_problem, test_problem, unpacked
 from fewshot_asam.training.config import plain
 
@@ -95,7 +95,7 @@ def is_done(cell: Cell, records: Mapping[str, Record]) -> bool:
 
 def _require_settings(cell: Cell, settings: Mapping[str, object]) -> None:
     for name, value in plain(cell.config).items():
-        if name not in WITHOUT_EFFECT and name in settings and json.dumps(settings[name]) != json.dumps(value):
+        if name not in NOT_IN_NAMES and name in settings and json.dumps(settings[name]) != json.dumps(value):
             raise FewShotError(
                 f"the ledger has {cell.name} with {name} {settings[name]!r}, but the plan or the package's default is "
                 f"{value!r}; say {name} in the plan as it was, or remove that line and the run's folder"
@@ -103,9 +103,14 @@ def _require_settings(cell: Cell, settings: Mapping[str, object]) -> None:
 
 
 def find(record: Record, test: Test) -> Record | None:
-    """The record of a test that adapts in the same way to as many tasks or more."""
-    found = (r for r in record["tests"] if (r["inner"], r["inner_steps"], r["inner_lr"]) == test.way)
-    return next((one for one in found if one["tasks"] >= test.tasks), None)
+    """The record of a test with the same adaptation and as many tasks or more."""
+    same = (one for one in record["tests"] if _adaptation(one) == test.adaptation)
+    return next((one for one in same if one["tasks"] >= test.tasks), None)
+
+
+def _adaptation(test: Record) -> Adaptation:
+    """Of a test's record; those of the first runs are all of the best weights and do not say so."""
+    return Adaptation(test["inner"], test["inner_steps"], test["inner_lr"], test.get("weights", "best"))
 
 
 def pack(accuracies: Tensor, queries: int) -> str:

@@ -1,4 +1,4 @@
-"""A plan of experiments: a YAML file to sections, and those to cells, each a run with the tests of its best weights."""
+"""A plan of experiments: a YAML file to sections, and those to cells, each a run with its tests."""
 
 from __future__ import annotations
 
@@ -8,53 +8,57 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime.yaml_settings import nearest, read_yaml, require_known
 from fewshot_asam.training.config import TrainConfig, changed, from_plain, plain, require_count, require_seed
+from fewshot_asam.training.state import WeightsName
 
-PLAN = ("seeds", "defaults", "tests", "rules", "sections")
+PLAN_KEYS = ("seeds", "defaults", "tests", "rules", "sections")
 """What a plan must say: seeds, settings of every cell, tests and rules by name, and the sections made of them."""
-ASKED = ("claims", "questions")
-"""What a plan may ask of its sections: by text, two rules; a claim says that the first is the better one."""
-SECTION = ("settings", "rules", "tests", "seeds", "published", "note")
+PAIR_KEYS = ("claims", "questions", "controls")
+"""Pairs of rules that a plan may compare in its sections, by text. A claim says that the first is the better one; the
+two rules of a control are equal but for rounding, so their difference is noise."""
+SECTION_KEYS = ("settings", "rules", "tests", "seeds", "published", "note")
 """What a section may say: settings of its own, which rules and tests (all), other seeds, published accuracies in %, and
 what its readers must know."""
-ADAPTATION = ("inner", "inner_steps", "inner_lr")
-"""Settings that a test may change, as `eval_maml` can."""
-ELSEWHERE = ("data_root", "output_dir", "device", "max_minutes", "seed")
-"""Settings that a plan has no say in: those of a place, and the seed, which has a list of its own."""
-WITHOUT_EFFECT = (
+TEST_SETTINGS = ("inner", "inner_steps", "inner_lr")
+"""Settings of a run that a test may change, as `eval_maml` can."""
+NOT_IN_PLANS = ("data_root", "output_dir", "device", "max_minutes", "seed")
+"""Settings of a run that a plan does not give: where it runs, and the seed, which has a list of its own."""
+NOT_IN_NAMES = (
     *("data_root", "output_dir", "device", "max_minutes", "checkpoint_every", "test_tasks", "congruence_tasks"),
     *("engine", "torch_compile", "recompute", "cuda_graph"),
 )
-"""Settings that leave a run's weights as they are, up to rounding."""
-FIRST_DEFAULTS = {"init": "xavier", "head_init": "default"}
-"""Defaults that have changed since the first runs, as they were then: runs keep their names."""
-SAID = ("inner", "dataset", "ways", "shots", "seed")
-"""Settings that a command line says even where they are as by default."""
+"""Settings that leave a run's weights as they are, up to rounding, so that its name does not depend on them."""
+ORIGINAL_DEFAULTS = {"init": "xavier", "head_init": "default"}
+"""Defaults that have changed since the first runs, as they were then, so that runs keep their names."""
+ALWAYS_SHOWN = ("inner", "dataset", "ways", "shots", "seed")
+"""Settings that a command line shows even where they are the defaults."""
 MOST_SEEDS = 10
 MOST_TASKS = 10**7
 """Of a test, whose every answer the ledger keeps."""
 
 
-class Test(NamedTuple):
-    """How the best weights adapt to the test tasks, and to how many of them."""
+class Adaptation(NamedTuple):
+    """Which weights of a run are tested, and how they adapt."""
 
     inner: str
     inner_steps: int
     inner_lr: float
-    tasks: int
+    weights: WeightsName = "best"
 
-    @property
-    def way(self) -> tuple[str, int, float]:
-        """How they adapt."""
-        return self[:3]
+
+class Test(NamedTuple):
+    """A test of a run's weights on so many tasks."""
+
+    adaptation: Adaptation
+    tasks: int
 
 
 class Cell(NamedTuple):
-    """One run of one seed and the tests of its best weights."""
+    """One run of one seed and its tests."""
 
     name: str
     config: TrainConfig
@@ -63,13 +67,13 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A question of a plan: rules that are compared, all else being equal.
+    """Rules that are compared, all else being equal.
 
     **Arguments:**
 
     - `rules`: by label, with the first seed.
-    - `tests`: by name, what each changes of the run's own adaptation (`ADAPTATION`), and `tasks`; the first is the one
-      that rules are compared by.
+    - `tests`: by name, what each changes of the run's own adaptation (`TEST_SETTINGS`), its `weights` (the best ones)
+      and `tasks`; rules are compared by the first.
     - `published`: by label, a rule's or any other, accuracies in %.
     - `note`: for the page.
     """
@@ -96,12 +100,17 @@ Pairs = dict[str, tuple[str, str]]
 
 
 class Plan(NamedTuple):
-    """The sections of the file `path`, in order, and what is asked of each that has both rules."""
+    """The sections of the file `path`, in order, and the pairs of rules to compare in each section that has both.
+
+    - `superseded`: why its runs are not to be mixed with newer ones; empty for a plan that stands.
+    """
 
     path: Path
     sections: tuple[Section, ...]
     claims: Pairs
     questions: Pairs
+    controls: Pairs
+    superseded: str = ""
 
     @property
     def name(self) -> str:
@@ -112,10 +121,10 @@ class Plan(NamedTuple):
 def read_plan(path: Path) -> Plan:
     """A plan from its file; raises `FewShotError` naming what is wrong in it."""
     read = read_yaml(path, deepest=4)
-    require_known(read, (*PLAN, *ASKED), str(path))
-    if missing := [name for name in PLAN if name not in read]:
-        raise FewShotError(f"{path} lacks {', '.join(missing)}; expected {', '.join(PLAN)}")
-    for name in PLAN[1:]:
+    require_known(read, (*PLAN_KEYS, *PAIR_KEYS, "superseded"), str(path))
+    if missing := [name for name in PLAN_KEYS if name not in read]:
+        raise FewShotError(f"{path} lacks {', '.join(missing)}; expected {', '.join(PLAN_KEYS)}")
+    for name in PLAN_KEYS[1:]:
         _mapping(read[name], f"{path}: {name}")
     for name in ("rules", "tests", "sections"):
         for key, value in _mapping(read[name], f"{path}: {name}", least=1).items():
@@ -123,8 +132,8 @@ def read_plan(path: Path) -> Plan:
     for name, test in _mapping(read["tests"], "").items():
         _check_test(test, f"{path}: tests: {name}")
     sections = tuple(_section(read, title, f"{path}: {title}") for title in _mapping(read["sections"], ""))
-    claims, questions = (_pairs(read.get(name, {}), sections, f"{path}: {name}") for name in ASKED)
-    return Plan(path, sections, claims, questions)
+    claims, questions, controls = (_pairs(read.get(name, {}), sections, f"{path}: {name}") for name in PAIR_KEYS)
+    return Plan(path, sections, claims, questions, controls, _text(read.get("superseded", ""), f"{path}: superseded"))
 
 
 def cells(plans: Iterable[Plan]) -> list[Cell]:
@@ -138,9 +147,9 @@ def cells(plans: Iterable[Plan]) -> list[Cell]:
 
 def cell_name(config: TrainConfig) -> str:
     """The run in a few words and a digest of all settings that its weights depend on."""
-    usual = plain(TrainConfig()) | FIRST_DEFAULTS
+    usual = plain(TrainConfig()) | ORIGINAL_DEFAULTS
     settings = {
-        name: value for name, value in plain(config).items() if value != usual.get(name) and name not in WITHOUT_EFFECT
+        name: value for name, value in plain(config).items() if value != usual.get(name) and name not in NOT_IN_NAMES
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{config.title}-{digest[:10]}"
@@ -149,8 +158,8 @@ def cell_name(config: TrainConfig) -> str:
 def command(config: TrainConfig) -> str:
     """The command line that gives this run, with `DATA` for the folder that holds the data."""
     settings, differ = plain(config), changed(config)
-    said = (*SAID, *(["rho"] if config.inner != "maml" else []))
-    names = [name for name in settings if name in said or (name in differ and name not in ELSEWHERE)]
+    said = (*ALWAYS_SHOWN, *(["rho"] if config.inner != "maml" else []))
+    names = [name for name in settings if name in said or (name in differ and name not in NOT_IN_PLANS)]
     data = [] if config.dataset == "glyphs" else ["--data-root", "DATA"]
     return shlex.join(["train_maml", *_flags({name: settings[name] for name in names}), *data])
 
@@ -162,8 +171,8 @@ def adaptation_command(test: Mapping[str, Any]) -> str:
 
 def resolved(test: Mapping[str, Any], config: TrainConfig) -> Test:
     """A test of a run with these settings."""
-    inner, steps, lr = (test.get(name, getattr(config, name)) for name in ADAPTATION)
-    return Test(inner, steps, lr, test["tasks"])
+    inner, steps, lr = (test.get(name, getattr(config, name)) for name in TEST_SETTINGS)
+    return Test(Adaptation(inner, steps, lr, test.get("weights", "best")), test["tasks"])
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
@@ -174,15 +183,15 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
 
 def _merged(tests: Iterable[Test]) -> tuple[Test, ...]:
     """The tests without those that others hold already, as the first tasks of a stream are the same."""
-    largest: dict[tuple[str, int, float], Test] = {}
-    for test in tests:
-        largest[test.way] = max(test, largest.get(test.way, test), key=lambda one: one.tasks)
-    return tuple(largest.values())
+    largest: dict[Adaptation, int] = {}
+    for adaptation, tasks in tests:
+        largest[adaptation] = max(tasks, largest.get(adaptation, 0))
+    return tuple(Test(adaptation, tasks) for adaptation, tasks in largest.items())
 
 
 def _section(plan: Mapping[str, Any], title: str, origin: str) -> Section:
     said = plan["sections"][title]
-    require_known(said, SECTION, origin)
+    require_known(said, SECTION_KEYS, origin)
     chosen = {name: _chosen(said.get(name), plan[name], f"{origin}: {name}") for name in ("rules", "tests")}
     settings = plan["defaults"] | _mapping(said.get("settings", {}), f"{origin}: settings")
     seeds = _seeds(said.get("seeds", plan["seeds"]), f"{origin}: seeds")
@@ -196,27 +205,32 @@ def _section(plan: Mapping[str, Any], title: str, origin: str) -> Section:
     for label, value in published.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
             raise FewShotError(f"{origin}: published: {label} is {value!r}; expected an accuracy in %")
-    note = said.get("note", "")
-    if not isinstance(note, str):
-        raise FewShotError(f"{origin}: note is {note!r}; expected text")
-    return Section(title, rules, seeds, chosen["tests"], published, note)
+    return Section(title, rules, seeds, chosen["tests"], published, _text(said.get("note", ""), f"{origin}: note"))
+
+
+def _text(value: object, origin: str) -> str:
+    if not isinstance(value, str):
+        raise FewShotError(f"{origin} is {value!r}; expected text")
+    return value
 
 
 def _config(settings: dict[str, object], seed: int, origin: str) -> TrainConfig:
-    for name in ELSEWHERE:
+    for name in NOT_IN_PLANS:
         if name in settings:
             raise FewShotError(f"{origin}: {name} is not a plan's to say; give it on the command line, seeds as seeds")
     return from_plain({**settings, "seed": seed}, origin)
 
 
 def _check_test(test: Mapping[str, Any], origin: str) -> None:
-    require_known(test, (*ADAPTATION, "tasks"), origin)
+    require_known(test, (*TEST_SETTINGS, "tasks", "weights"), origin)
     if type(test.get("tasks")) is not int:
         raise FewShotError(f"{origin}: tasks is {test.get('tasks')!r}; expected a whole number")
     require_count(f"{origin}: tasks", test["tasks"], 2)
     if test["tasks"] > MOST_TASKS:
         raise FewShotError(f"{origin}: tasks is {test['tasks']}; expected at most {MOST_TASKS:,}")
-    from_plain({name: value for name, value in test.items() if name != "tasks"}, origin)
+    if test.get("weights", "best") not in get_args(WeightsName):
+        raise FewShotError(f"{origin}: weights is {test['weights']!r}; expected {' or '.join(get_args(WeightsName))}")
+    from_plain({name: value for name, value in test.items() if name in TEST_SETTINGS}, origin)
 
 
 def _chosen(names: object, known: dict[str, Any], origin: str) -> dict[str, Any]:

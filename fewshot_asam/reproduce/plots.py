@@ -1,4 +1,4 @@
-"""The page's figures: accuracy while training, and against the radius."""
+"""The pages' figures: accuracy beside the published one, while training, and against the radius."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fewshot_asam.reproduce.comparisons import noise_floor
 from fewshot_asam.reproduce.plan import Plan, Section
-from fewshot_asam.reproduce.radius_sweeps import Family, sweeps
-from fewshot_asam.reproduce.section_results import Found, Looked, Runs
+from fewshot_asam.reproduce.radius_sweeps import Curve, Sweep, radius_sweeps
+from fewshot_asam.reproduce.section_results import PlanResults, Runs, SectionResults
 from fewshot_asam.reproduce.statistics import Spread
 from fewshot_asam.training.checkpoint import write_atomically
 
 
-def draw(looked: Looked, folder: Path) -> None:
-    """Writes all figures that the ledger has numbers for."""
-    for plan, sections in looked:
-        for found in sections:
-            if found.runs:
-                _save(_curves(found), folder / curves_name(plan, found.section))
-        for name, group in sweep_names(plan, sweeps(sections)).items():
-            _save(_radii(group), folder / name)
+def draw(plan: PlanResults, folder: Path) -> None:
+    """Writes all figures of a plan that the ledger has numbers for."""
+    for results in plan.sections:
+        if results.runs:
+            save(_curves(results), folder / curves_name(plan.plan, results.section))
+    for name, sweep in sweep_names(plan.plan, radius_sweeps(plan.sections)).items():
+        save(_radii(sweep, noise_floor(plan)), folder / name)
 
 
 def curves_name(plan: Plan, section: Section) -> str:
@@ -32,18 +32,18 @@ def curves_name(plan: Plan, section: Section) -> str:
     return f"{plan.name}-{1 + plan.sections.index(section)}-{'-'.join(words)}.png"
 
 
-def sweep_names(plan: Plan, groups: Sequence[dict[str, Family]]) -> dict[str, dict[str, Family]]:
+def sweep_names(plan: Plan, sweeps: Sequence[Sweep]) -> dict[str, Sweep]:
     """The files of a plan's radius sweeps, and what each shows."""
-    return {f"{plan.name}-radii-{number}.png": group for number, group in enumerate(groups, 1)}
+    return {f"{plan.name}-radii-{number}.png": sweep for number, sweep in enumerate(sweeps, 1)}
 
 
-def _curves(found: Found) -> Figure:
+def _curves(results: SectionResults) -> Figure:
     """Validation accuracy against iterations and minutes, the seeds' mean and range; then congruence, if recorded."""
-    congruence = any("congruence_before" in r["validation"] for runs in found.runs.values() for r in runs.values())
+    congruence = any("congruence_before" in r["validation"] for runs in results.runs.values() for r in runs.values())
     figure = Figure(figsize=(10, 8 if congruence else 4), layout="constrained")
     panels = figure.subplots(2 if congruence else 1, 2, squeeze=False)
-    for number, (rule, runs) in enumerate(found.runs.items()):
-        style = {"color": f"C{number}", "label": f"{rule} (n = {len(runs)})"}
+    for number, (rule, runs) in enumerate(results.runs.items()):
+        style = {"color": f"C{number}", "label": f"{rule} ({len(runs)} seed{'s' * (len(runs) > 1)})"}
         minutes = _column(_mean(_courses(runs, "seconds")), 1 / 60)
         iterations = next(iter(runs.values()))["validation"]["iteration"]
         for panel, x in zip(panels[0], (iterations, minutes), strict=True):
@@ -58,27 +58,31 @@ def _curves(found: Found) -> Figure:
     for panel in panels.flat:
         panel.grid(alpha=0.3)
     panels[0][0].legend(frameon=False)
-    figure.suptitle(f"{found.section.title}: mean and range over seeds")
+    seeds = {seed for runs in results.runs.values() for seed in runs}
+    figure.suptitle(f"{results.section.title}: {'mean and range over seeds' if len(seeds) > 1 else 'one seed'}")
     return figure
 
 
-def _radii(group: dict[str, Family]) -> Figure:
+def _radii(sweep: Sweep, floor: float | None) -> Figure:
     """Accuracy, and the paired difference to MAML; points of equal radius side by side."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     accuracy, over_maml = figure.subplots(1, 2)
-    for number, (name, family) in enumerate(sorted(group.items())):
-        style = {"color": f"C{number}", "label": f"{name} ({_seeds(family)})"}
-        if 0.0 in family:
-            _level(accuracy, family[0.0].accuracy, style)
-        points = {radius * 1.06**number: point for radius, point in sorted(family.items()) if radius > 0}
+    for number, (name, curve) in enumerate(sorted(sweep.items())):
+        style = {"color": f"C{number}", "label": f"{name} ({_seeds(curve)})"}
+        if 0.0 in curve:
+            _level(accuracy, curve[0.0].accuracy, style)
+        points = {radius * 1.06**number: point for radius, point in sorted(curve.items()) if radius > 0}
         _points(accuracy, {x: point.accuracy for x, point in points.items()}, style)
         _points(over_maml, {x: point.over_maml for x, point in points.items() if point.over_maml}, style)
     over_maml.axhline(0, color="black", linewidth=0.8)
+    if floor is not None:
+        over_maml.axhspan(-100 * floor, 100 * floor, color="black", alpha=0.08, linewidth=0)
+        over_maml.set_title("grey: what the control's two equal rules may differ by", fontsize=10)
     accuracy.set(xscale="log", xlabel="rho", ylabel="test accuracy, %")
     over_maml.set(xscale="log", xlabel="rho", ylabel="minus MAML of the same seeds, points")
     for panel in (accuracy, over_maml):
         panel.grid(alpha=0.3)
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=len(group), frameon=False)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=len(sweep), frameon=False)
     figure.suptitle("Mean over seeds, 95 % t-interval")
     return figure
 
@@ -101,9 +105,9 @@ def _points(panel: Any, points: dict[float, Spread], style: dict[str, str]) -> N
         panel.plot([], [], "o-", **style)
 
 
-def _seeds(family: Family) -> str:
-    counts = sorted({point.accuracy.seeds for point in family.values()})
-    return "n = " + " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+def _seeds(curve: Curve) -> str:
+    counts = sorted({point.accuracy.seeds for point in curve.values()})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " seeds"
 
 
 def _courses(runs: Runs, name: str, scale: float = 1) -> list[list[float]]:
@@ -126,5 +130,6 @@ def _column(values: Sequence[float], scale: float) -> list[float]:
     return [scale * value for value in values]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure, the same bytes for the same numbers."""
     write_atomically(path, lambda scratch: figure.savefig(scratch, dpi=120, format="png", metadata={"Software": None}))

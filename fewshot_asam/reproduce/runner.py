@@ -6,6 +6,7 @@ nothing is computed twice however often the queue is stopped.
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import time
@@ -21,8 +22,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from fewshot_asam.reproduce import ledger
+from fewshot_asam.reproduce.estimate import Estimate, estimate
 from fewshot_asam.reproduce.ledger import Record
-from fewshot_asam.reproduce.plan import ELSEWHERE, Cell, Test, adaptation_command, command
+from fewshot_asam.reproduce.plan import NOT_IN_PLANS, TEST_SETTINGS, Cell, Test, adaptation_command, command
 from fewshot_asam.runtime.signals import Stop, Stopped, deadline
 from fewshot_asam.training import run_folder
 from fewshot_asam.training.build import load_data, resolve_device
@@ -31,10 +33,10 @@ from fewshot_asam.training.evaluation import interval
 from fewshot_asam.training.identity import identify
 from fewshot_asam.training.loop import train
 from fewshot_asam.training.metrics import read_metrics
-from fewshot_asam.training.state import Diverged, best_learner, evaluated
+from fewshot_asam.training.state import Diverged, evaluated, trained_learner
 from fewshot_asam.version import __version__
 
-FEWER = 600
+SHORT_TEST = 600
 """Tasks that papers test on; the first ones of a longer test."""
 
 
@@ -52,7 +54,7 @@ class Place(NamedTuple):
         return self.results / ledger.FILE
 
 
-def work(cells: Sequence[Cell], place: Place, minutes: float | None = None) -> None:
+def run_queue(cells: Sequence[Cell], place: Place, minutes: float | None = None) -> None:
     """Runs the cells that are not in the ledger yet, for so many minutes at most.
 
     A cell that another process is at is left to it. A signal ends the queue as it ends a run of `train_maml`, with
@@ -63,7 +65,7 @@ def work(cells: Sequence[Cell], place: Place, minutes: float | None = None) -> N
         with Stop() as stop, deadline(minutes):
             for number, cell in enumerate(cells, 1):
                 stop.check()
-                _attend(cell, f"cell {number} of {len(cells)}, {cell.name}", place, stop)
+                _run_unless_done(cell, f"cell {number} of {len(cells)}, {cell.name}", place, minutes, stop)
     except Stopped as stopped:
         if stopped.number != SIGALRM:
             name = Signals(stopped.number).name
@@ -77,16 +79,26 @@ def _progress(cells: Sequence[Cell], place: Place) -> str:
     return f"{done} of {len(cells)} cells are done" + ("; the same command goes on" if done < len(cells) else "")
 
 
-def _attend(cell: Cell, name: str, place: Place, stop: Stop) -> None:
-    """Runs a cell unless it is done or another process is at it."""
+def _run_unless_done(cell: Cell, name: str, place: Place, minutes: float | None, stop: Stop) -> None:
+    """Runs a cell unless it is done or another process is at it, and says first how long it will take."""
     if ledger.is_done(cell, ledger.read_cells(place.ledger)):
         return
     with _claimed(place.runs / f"{cell.name}.lock") as free:
+        records = ledger.read_cells(place.ledger)
         if not free:
             print(f"{name}: another process is at it", flush=True)
-        elif not ledger.is_done(cell, ledger.read_cells(place.ledger)):
-            print(name, flush=True)
-            ledger.append(place.ledger, run(cell, place, stop))
+        elif not ledger.is_done(cell, records):
+            config = _placed(cell, place)
+            expected = estimate(cell, config, records)
+            print(f"{name}: {expected}{_pieces(expected, minutes)}", flush=True)
+            stop.check()
+            ledger.append(place.ledger, run(cell, config, stop))
+
+
+def _pieces(expected: Estimate, minutes: float | None) -> str:
+    """How many pieces of so many minutes a cell will take, where one is not enough."""
+    pieces = math.ceil((expected.training + (expected.tests or 0.0)) / (60 * minutes)) if minutes else 1
+    return f": {pieces} pieces of {minutes:g} minutes" if minutes and pieces > 1 else ""
 
 
 @contextmanager
@@ -105,10 +117,15 @@ def _claimed(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def run(cell: Cell, place: Place, stop: Stop) -> Record:
-    """Trains and tests a cell, or what is left of that; its record for the ledger."""
-    folder = place.runs / cell.name
-    config = replace(cell.config, data_root=place.data_root, output_dir=folder, device=place.device)
+def _placed(cell: Cell, place: Place) -> TrainConfig:
+    """A cell's settings with its run folder, the data and the device."""
+    return replace(cell.config, data_root=place.data_root, output_dir=place.runs / cell.name, device=place.device)
+
+
+def run(cell: Cell, config: TrainConfig, stop: Stop) -> Record:
+    """Trains and tests a cell, or what is left of that, by its settings in a place; its record for the ledger."""
+    assert config.output_dir is not None
+    folder = config.output_dir
     try:
         if not (folder / "summary.json").exists():
             train(config, resume=(folder / "config.yaml").exists(), stop=stop)
@@ -120,7 +137,7 @@ def run(cell: Cell, place: Place, stop: Stop) -> Record:
 
 def _heading(cell: Cell) -> Record:
     """What is known of a cell before it is run, and by what it is."""
-    settings = {name: value for name, value in plain(cell.config).items() if name not in ELSEWHERE}
+    settings = {name: value for name, value in plain(cell.config).items() if name not in NOT_IN_PLANS}
     versions = {"package": __version__, "torch": torch.__version__, "python": platform.python_version()}
     head: Record = {"cell": cell.name, "command": command(cell.config), "commit": commit(), "versions": versions}
     return head | {"seed": cell.config.seed, "settings": settings}
@@ -161,13 +178,14 @@ def _tests(cell: Cell, config: TrainConfig, folder: Path, stop: Stop) -> list[Re
 
 def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between: Callable[[], object]) -> Record:
     started = time.monotonic()
-    adaptation: dict[str, Any] = {"inner": test.inner, "inner_steps": test.inner_steps, "inner_lr": test.inner_lr}
-    adapting = replace(with_rule(config, test.inner), **adaptation)
-    learner = best_learner(folder, adapting, dataset, identify(config, dataset))
+    adaptation = test.adaptation._asdict()
+    adapting = with_rule(config, test.adaptation.inner)
+    adapting = replace(adapting, **{name: adaptation[name] for name in TEST_SETTINGS})
+    learner = trained_learner(folder, adapting, dataset, identify(config, dataset), test.adaptation.weights)
     found = evaluated(learner, adapting, dataset.test, test.tasks, between=between)
-    record: Record = {"command": adaptation_command(test._asdict())}
+    record: Record = {"command": adaptation_command({**adaptation, "tasks": test.tasks})}
     record |= adaptation | {"rule": adapting.rule_text, "norm": config.norm, "queries": config.queries}
-    for tasks in sorted({min(FEWER, test.tasks), test.tasks}):
+    for tasks in sorted({min(SHORT_TEST, test.tasks), test.tasks}):
         mean, half_width = interval(found[:tasks])
         record[f"of_{tasks}"] = {"mean": round(mean, 6), "ci95": round(half_width, 6)}
     images = config.ways * config.queries

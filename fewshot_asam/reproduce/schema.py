@@ -8,13 +8,14 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from fewshot_asam.reproduce.plan import MOST_TASKS
 from fewshot_asam.rules import rule_names
 from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.state import WeightsName
 
 Counts = np.ndarray[Any, np.dtype[np.uint16]]
 SETTINGS = {field.name for field in fields(TrainConfig)}
@@ -77,6 +78,8 @@ TEST = {
     **{"inner_steps": _whole(1, 10_000), "inner_lr": _number(0, 1e30)},
     **{"tasks": _whole(2, MOST_TASKS), "query_images": _whole(1, 65_535), "right": WORD},
 }
+WEIGHTS = {"weights": Kind("best or last", lambda value: value in get_args(WeightsName))}
+LAST_TEST = {"last_test_accuracy": PART, "last_test_ci95": PART, "test_tasks": COUNT}
 MEAN = {"mean": PART, "ci95": PART}
 
 
@@ -86,14 +89,16 @@ def cell_problem(record: Mapping[str, Any]) -> str:
         return found
     if "diverged" in record:
         return _first(record, {"diverged": TEXT})
-    if found := _first(record, TRAINING) or _first(record["versions"], {"torch": TEXT}, "versions: "):
+    if found := _first(record, TRAINING | (LAST_TEST if "last_test_accuracy" in record else {})) or _first(
+        record["versions"], {"torch": TEXT}, "versions: "
+    ):
         return found
     return _course_problem(record) or next(filter(None, (_of_cell(test, record) for test in record["tests"])), "")
 
 
 def test_problem(test: Mapping[str, Any]) -> str:
     """What is wrong with the record of a test, or nothing."""
-    if found := _first(test, TEST):
+    if found := _first(test, TEST | (WEIGHTS if "weights" in test else {})):
         return found
     tasks, images = test["tasks"], test["query_images"]
     right = unpacked(test["right"], tasks)

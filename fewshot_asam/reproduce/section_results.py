@@ -13,13 +13,14 @@ from fewshot_asam.reproduce.ledger import Record
 from fewshot_asam.reproduce.plan import Plan, Section, Test, resolved
 from fewshot_asam.reproduce.statistics import Comparison, Spread, compare, over_seeds
 from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.evaluation import Interval, interval
 
 Runs = dict[int, Record]
 """The records of a rule's runs by seed."""
 
 
-class Found(NamedTuple):
-    """A section and its runs by rule; `diverged` and `missing` hold the rule and seed of runs or tests that lack."""
+class SectionResults(NamedTuple):
+    """A section and its runs by rule; `missing` holds the rule and seed of each run that is not done."""
 
     section: Section
     runs: dict[str, Runs]
@@ -31,77 +32,83 @@ class Found(NamedTuple):
         return resolved(self.section.tests[name], self.section.rules[rule])
 
     @property
-    def main(self) -> str:
+    def main_test(self) -> str:
         """The test that rules are compared by."""
         return next(iter(self.section.tests))
 
     def accuracies(self, rule: str, name: str, tasks: int | None = None) -> dict[int, Tensor]:
-        """A test's accuracies `[tasks]` by seed, all tasks that the section asks for or the first ones."""
+        """A test's accuracies `[tasks]` by seed: of all tasks that the section asks for, or of the first ones."""
         test = self.test(rule, name)
-        tests = {seed: ledger.find(record, test) for seed, record in self.runs.get(rule, {}).items()}
-        return {seed: ledger.accuracies(t, tasks or test.tasks) for seed, t in tests.items() if t is not None}
+        records = {seed: ledger.find(record, test) for seed, record in self.runs.get(rule, {}).items()}
+        return {seed: ledger.accuracies(r, tasks or test.tasks) for seed, r in records.items() if r is not None}
 
-    def mean(self, rule: str, name: str, tasks: int | None = None) -> Spread | None:
-        """A test's mean accuracy over the seeds; None where no seed is done."""
-        values = [found.mean().item() for found in self.accuracies(rule, name, tasks).values()]
-        return over_seeds(values) if values else None
+    def means(self, rule: str, name: str, tasks: int | None = None) -> dict[int, Interval]:
+        """A test's mean accuracy by seed, with its interval over tasks."""
+        return {seed: interval(values) for seed, values in self.accuracies(rule, name, tasks).items()}
 
-    def paired(self, first: str, second: str) -> list[int]:
+    def last_weights(self, rule: str) -> dict[int, Interval]:
+        """The accuracy of the last weights by seed, in the test that ends a training; older runs have none."""
+        runs = {seed: run for seed, run in self.runs.get(rule, {}).items() if "last_test_accuracy" in run}
+        return {seed: Interval(run["last_test_accuracy"], run["last_test_ci95"]) for seed, run in runs.items()}
+
+    def paired_seeds(self, first: str, second: str) -> list[int]:
         """The seeds that two rules have on the same kind of device, whose generators draw the same tasks."""
-        return _paired(self.runs.get(first, {}), self.runs.get(second, {}))
+        return _paired_seeds(self.runs.get(first, {}), self.runs.get(second, {}))
 
     def difference(self, first: str, second: str) -> Comparison | None:
         """One rule minus another in the test that rules are compared by; None where they share no seed."""
         return difference((self, first), (self, second))
 
-    def time(self, first: str, second: str) -> Spread | None:
+    def time_ratio(self, first: str, second: str) -> Spread | None:
         """One rule's seconds an iteration over another's, for the seeds that both have from the same machine."""
-        pairs = [(self.runs[first][seed], self.runs[second][seed]) for seed in self.paired(first, second)]
+        pairs = [(self.runs[first][seed], self.runs[second][seed]) for seed in self.paired_seeds(first, second)]
         ratios = [seconds(one) / seconds(other) for one, other in pairs if machine(one) == machine(other)]
         return over_seeds(ratios) if ratios else None
 
     def congruence(self, rule: str, name: str) -> dict[int, float]:
-        """A congruence of the weights that were tested, by seed, from the validation that chose them."""
+        """A congruence of the best weights by seed, from the validation that chose them."""
         runs = {seed: run for seed, run in self.runs.get(rule, {}).items() if name in run["validation"]}
         at = {seed: run["validation"]["iteration"].index(run["best_iteration"]) for seed, run in runs.items()}
         return {seed: run["validation"][name][at[seed]] for seed, run in runs.items()}
 
 
-Ruled = tuple[Found, str]
-"""A section and one of its rules."""
+class PlanResults(NamedTuple):
+    """A plan, and its sections in the ledger."""
+
+    plan: Plan
+    sections: Sequence[SectionResults]
 
 
-def difference(first: Ruled, second: Ruled) -> Comparison | None:
-    """`Found.difference` of rules that may stand in different sections, whose main tests must be the same."""
+RuleOfSection = tuple[SectionResults, str]
+
+
+def difference(first: RuleOfSection, second: RuleOfSection) -> Comparison | None:
+    """`SectionResults.difference` of rules that may stand in different sections, whose main tests must be the same."""
     (one, ours), (other, theirs) = first, second
-    seeds = _paired(one.runs.get(ours, {}), other.runs.get(theirs, {}))
+    seeds = _paired_seeds(one.runs.get(ours, {}), other.runs.get(theirs, {}))
     return compare(
-        of_seeds(seeds, one.accuracies(ours, one.main)), of_seeds(seeds, other.accuracies(theirs, other.main))
+        of_seeds(seeds, one.accuracies(ours, one.main_test)), of_seeds(seeds, other.accuracies(theirs, other.main_test))
     )
 
 
-Looked = Sequence[tuple[Plan, Sequence[Found]]]
-"""Plans, and their sections in the ledger."""
-
-
-def look_up(plans: Iterable[Plan], records: Mapping[str, Record]) -> Looked:
+def plan_results(plans: Iterable[Plan], records: Mapping[str, Record]) -> list[PlanResults]:
     """What the ledger holds of these plans."""
-    return [(plan, [_look_up(section, records) for section in plan.sections]) for plan in plans]
+    return [PlanResults(plan, [_section_results(section, records) for section in plan.sections]) for plan in plans]
 
 
-def _look_up(section: Section, records: Mapping[str, Record]) -> Found:
+def _section_results(section: Section, records: Mapping[str, Record]) -> SectionResults:
     """The section's runs in the ledger, with whatever tests they have."""
-    found = Found(section, {}, [], [])
+    results = SectionResults(section, {}, [], [])
     for rule in section.rules:
         for seed in section.seeds:
             cell = section.cell(rule, seed)
             if not ledger.is_done(cell, records):
-                found.missing.append((rule, seed))
+                results.missing.append((rule, seed))
             if cell.name in records and "diverged" in records[cell.name]:
-                found.diverged.append((rule, seed))
+                results.diverged.append((rule, seed))
             elif cell.name in records:
-                found.runs.setdefault(rule, {})[seed] = records[cell.name]
-    return found
+                results.runs.setdefault(rule, {})[seed] = records[cell.name]
+    return results
 
 
 def seconds(record: Record) -> float:
@@ -116,7 +123,7 @@ def machine(record: Record) -> str:
     return f"{device}{threads}, {record['engine']}, torch {record['versions']['torch']}"
 
 
-def _paired(one: Runs, other: Runs) -> list[int]:
+def _paired_seeds(one: Runs, other: Runs) -> list[int]:
     return [seed for seed in one if seed in other and _on_cpu(one[seed]) == _on_cpu(other[seed])]
 
 
@@ -129,14 +136,14 @@ def of_seeds(seeds: Sequence[int], accuracies: Mapping[int, Tensor]) -> dict[int
     return {seed: accuracies[seed] for seed in seeds if seed in accuracies}
 
 
-class Cosines(NamedTuple):
+class CongruenceKind(NamedTuple):
     """How a run's congruence is taken: only what is taken alike can be compared."""
 
     radius: str
     validation: str
 
 
-def cosines_of(config: TrainConfig) -> Cosines:
+def congruence_kind(config: TrainConfig) -> CongruenceKind:
     """The radius of `theta_v` and the validation set of a run's congruence."""
     radius = f"{ascent_radius(config.rule, config.rho):g}" + (" (ASAM)" if config.adaptive else "")
-    return Cosines(radius, "held out" if config.validation == "split" else "augmented copy")
+    return CongruenceKind(radius, "held out" if config.validation == "split" else "augmented copy")

@@ -16,6 +16,8 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 ONE_SEED = "one seed: no verdict"
 NOISE = "inside the noise"
+BELOW_CONTROL = "no more than the control shows"
+BETTER, WORSE = "better", "worse"
 
 
 class Spread(NamedTuple):
@@ -47,14 +49,23 @@ class Comparison(NamedTuple):
         """Of the wider of the two intervals."""
         return max(self.tasks.half_width, self.seeds.half_width or 0.0)
 
-    @property
-    def verdict(self) -> str:
-        """`better` or `worse` where the interval over tasks and that over seeds both leave out 0."""
+    def verdict(self, noise_floor: float | None) -> str:
+        """`better` or `worse` where both intervals leave out 0 and the difference is above the noise floor.
+
+        - `noise_floor`: what two rules that are equal but for rounding may differ by, as `reach` of a control says.
+        """
         if self.seeds.half_width is None:
             return ONE_SEED
         if abs(self.tasks.mean) <= self.half_width:
             return NOISE
-        return "better" if self.tasks.mean > 0 else "worse"
+        if abs(self.tasks.mean) <= (noise_floor or 0.0):
+            return BELOW_CONTROL
+        return BETTER if self.tasks.mean > 0 else WORSE
+
+    @property
+    def reach(self) -> float | None:
+        """The size of the largest difference that the interval over seeds leaves room for; None for one seed."""
+        return None if self.seeds.half_width is None else abs(self.seeds.mean) + self.seeds.half_width
 
 
 def over_seeds(values: Sequence[float]) -> Spread:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ from fewshot_asam.version import __version__
 
 EVALUATION_SEED = 0
 """Of the validation and test tasks: the same for every run, whatever its own seed."""
+WeightsName = Literal["best", "last"]
+"""Weights of a run folder: those that were best on the validation tasks, or those after the last iteration."""
 MOST_STEPS = 2**24
 """The optimiser counts its steps in single precision, which ends here."""
 
@@ -266,17 +268,19 @@ def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUA
     return EpisodeSampler(images, config.ways, config.shots, config.queries, seed=seed)
 
 
-def best_learner(folder: Path, config: TrainConfig, dataset: Dataset, made_by: Identity) -> MetaLearner:
-    """The best weights of a run folder, with the rule of `config`, on the dataset's device.
+def trained_learner(
+    folder: Path, config: TrainConfig, dataset: Dataset, made_by: Identity, which: WeightsName = "best"
+) -> MetaLearner:
+    """The best or last weights of a run folder, with the rule of `config`, on the dataset's device.
 
     Raises `FewShotError` where they were made by other settings or classes than `made_by`, and warns of other images.
     """
-    file = folder / "best.safetensors"
-    best, text = read_weights(file)
+    file = folder / f"{which}.safetensors"
+    trained, text = read_weights(file)
     stored = from_json(text, str(file))
     require_same(made_by, stored, str(file))
     learner = build_learner(config, dataset.train.shape)
-    put_weights(best, learner.model, str(file))
+    put_weights(trained, learner.model, str(file))
     if stored.images != made_by.images:
         warnings.warn(f"{file} was made with other images of the same classes than it is tested on", stacklevel=2)
     return learner.to(dataset.test.images.device)
