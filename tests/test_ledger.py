@@ -70,7 +70,7 @@ FORGED: list[tuple[Forgery, str]] = [
     (drop("tests"), "tests is missing"),
     (put("tests", {}), "tests is {}"),
     (put("tests", [3]), "tests is [3]"),
-    (put("tests", 0, "inner", "sgd"), "inner is 'sgd'; expected one of maml"),
+    (put("tests", 0, "inner", "sgd"), "inner is 'sgd'; expected one of agnostic_sam"),
     (put("tests", 0, "inner", ["maml"]), "inner is ['maml']"),
     (put("tests", 0, "inner_steps", 1.5), "inner_steps is 1.5"),
     (put("tests", 0, "weights", "middle"), "weights is 'middle'; expected best or last"),
