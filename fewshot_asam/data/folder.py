@@ -6,7 +6,6 @@ import csv
 import glob
 import io
 import math
-import os
 import reprlib
 import warnings
 from collections.abc import Collection, Sequence
@@ -22,6 +21,7 @@ from fewshot_asam.data.cache import SPLITS, cached, fingerprint
 from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime.files import open_regular
+from fewshot_asam.runtime.memory import memory_limit
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LARGEST_SIDE = 10_000
@@ -225,10 +225,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_memory(number: int, shape: tuple[int, int, int]) -> None:
-    needed, there = number * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, there = number * math.prod(shape), memory_limit()
     if needed > there:
         raise FewShotError(
-            f"{number} images of {' x '.join(map(str, shape))} take {needed / 2**30:,.1f} GiB, and this machine has "
+            f"{number} images of {' x '.join(map(str, shape))} take {needed / 2**30:,.1f} GiB, and there are "
             f"{there / 2**30:,.1f} GiB of memory; lower image_size"
         )
 
