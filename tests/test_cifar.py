@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import struct
 import tarfile
 from collections.abc import Callable
@@ -180,6 +181,51 @@ def test_every_form_gives_the_same_images(tmp_path: Path, batches: Batches, form
     check(load_dataset(name, tmp_path / "root"), name, batches)  # from the cache
 
 
+def write_split_pickles(folder: Path, batches: Batches, name: str = "fc100") -> None:
+    """As MetaOptNet has them: the images of a split in random order, and labels that are numbers alone."""
+    folder.mkdir()
+    for split in SPLITS:
+        classes = split_classes(name, split)
+        labels = np.random.default_rng(1).permutation(np.repeat([FINE.index(label) for label in classes], PER_CLASS))
+        seen = [(labels[:index] == label).sum() for index, label in enumerate(labels)]
+        pixels = [images_of(batches, FINE[label])[number] for label, number in zip(labels, seen, strict=True)]
+        content = {"data": np.stack(pixels).transpose(0, 2, 3, 1), "labels": labels.tolist()}
+        (folder / f"{name.upper()}_{split}.pickle").write_bytes(pickle.dumps(content, 2))
+
+
+@pytest.mark.parametrize(("name", "folder"), [("fc100", "FC100"), ("cifar_fs", "CIFAR-FS")])
+def test_pickles_of_a_split_each(tmp_path: Path, batches: Batches, name: str, folder: str) -> None:
+    write_split_pickles(tmp_path / folder, batches, name)
+    dataset = load_dataset(name, tmp_path)
+    for split in SPLITS:
+        images, classes = getattr(dataset, split), split_classes(name, split)
+        assert list(images.names) == [f"{split} {FINE.index(label):02d}" for label in classes]
+        expected = np.concatenate([images_of(batches, label) for label in classes])
+        assert np.array_equal(images.images.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"data": np.zeros((60, 3, 32, 32), np.uint8), "labels": [0] * 60}, "uint8 [60, 3, 32, 32]; expected uint8"),
+        ({"data": np.zeros((60, 32, 32, 3), np.uint8), "labels": ["a"] * 60}, "labels are not all whole numbers"),
+        ({"data": np.zeros((60, 32, 32, 3), np.uint8), "labels": [0] * 60}, "has 1 classes of 60 images or more"),
+        ({"data": np.zeros((0, 32, 32, 3), np.uint8), "labels": []}, "expected"),
+        ({"labels": []}, "expected a dict of an array data and a list labels"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_wrong_pickle_of_a_split(tmp_path: Path, batches: Batches, content: object, reason: str) -> None:
+    write_split_pickles(tmp_path / "FC100", batches)
+    file = tmp_path / "FC100" / "FC100_val.pickle"
+    file.write_bytes(b"" if content is None else pickle.dumps(content))
+    with pytest.raises(FewShotError, match=line(reason)):
+        fc100.load(tmp_path)
+    file.unlink()
+    with pytest.raises(FewShotError, match=line(str(file))):
+        fc100.load(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "sizes"), [("cifar_fs", [64, 16, 20]), ("fc100", [60, 20, 20])])
 def test_each_class_is_in_one_split(name: str, sizes: list[int]) -> None:
     parts = [split_classes(name, split) for split in SPLITS]
@@ -226,7 +272,7 @@ def refuse(root: Path, *said: str) -> None:
 
 
 def test_nothing_is_there(tmp_path: Path, own_cache: Path) -> None:
-    refuse(tmp_path, f"no CIFAR-100 in {tmp_path}", "cifar-100-python.tar.gz", "cifar-100-binary", "data.hdf5")
+    refuse(tmp_path, f"no CIFAR-100 in {tmp_path}", "cifar-100-python.tar.gz", "data.hdf5")
 
 
 @pytest.mark.parametrize(

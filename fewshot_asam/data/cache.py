@@ -27,8 +27,15 @@ SPLITS = ("train", "val", "test")
 
 
 def fingerprint(files: Iterable[Path], *settings: object) -> str:
-    """A key that changes when a source file (path, size, time) or a setting does."""
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
+    """A key that changes when a source file (path, size, time) or a setting does.
+
+    Raises `FewShotError` where a file cannot be looked at.
+    """
+    try:
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise FewShotError(f"{error.filename} cannot be read ({reason}); expected a readable file") from error
     return hashlib.sha256(repr((stats, settings)).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from fewshot_asam.data.archives import decode_image, fetch, list_tree, locate, r
 from fewshot_asam.data.cache import SPLITS, cached, fingerprint
 from fewshot_asam.data.hdf5 import own_member, read_bytes
 from fewshot_asam.data.images import Dataset, ImageSet
-from fewshot_asam.data.pickles import parse_plain
+from fewshot_asam.data.pickles import load_plain, parse_plain
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime.files import open_regular
 
@@ -53,12 +53,12 @@ class Form(NamedTuple):
 
 def load_divided(name: str, root: Path | None) -> Dataset:
     """CIFAR-100's 60,000 images, its classes divided as `splits/<name>_{train,val,test}.txt` say."""
-    if root is None:
-        path, form = fetch(URL, MD5, FORMS[0].name), FORMS[0]
-    else:
-        path, form = _find(root)
-    stamps = list_tree(path, form.pattern) if path.is_dir() else {}
     names = {split: split_classes(name, split) for split in SPLITS}
+    if root is not None and (pickles := _find_pickles(name, root)):
+        key = fingerprint(pickles.values(), PER_CLASS, names)
+        return cached(name, key, lambda: Dataset(name, *(_read_pickle(pickles[s], s, len(names[s])) for s in SPLITS)))
+    path, form = (fetch(URL, MD5, FORMS[0].name), FORMS[0]) if root is None else _find(root)
+    stamps = list_tree(path, form.pattern) if path.is_dir() else {}
     return cached(name, fingerprint([path], stamps, PER_CLASS, names), lambda: _build(name, names, path, form))
 
 
@@ -67,15 +67,44 @@ def split_classes(name: str, split: str) -> list[str]:
     return (resources.files(__package__) / "splits" / f"{name}_{split}.txt").read_text("utf-8").split()
 
 
+def _find_pickles(name: str, root: Path) -> dict[str, Path]:
+    """The file of each split, where they are pickles, as MetaOptNet and learn2learn have them; else nothing."""
+    prefix = name.upper()
+    train = locate(root, (f"{prefix}_train.pickle",), (*SUBFOLDERS, prefix, prefix.replace("_", "-")))
+    return {split: train.with_name(f"{prefix}_{split}.pickle") for split in SPLITS} if train else {}
+
+
+def _read_pickle(file: Path, split: str, classes: int) -> ImageSet:
+    """A split whose classes are known by their labels alone, and named `<split> NN` after them."""
+    match load_plain(file):
+        case {"data": np.ndarray() as pixels, "labels": list() | np.ndarray() as labels}:
+            pass
+        case _:
+            raise FewShotError(f"{file} has other content; expected a dict of an array data and a list labels")
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), SIDE, SIDE, 3):
+        raise FewShotError(
+            f"{file}: data is {pixels.dtype} {list(pixels.shape)}; expected uint8 [{len(labels)}, {SIDE}, {SIDE}, 3]"
+        )
+    if not all(isinstance(label, int | np.integer) for label in labels):
+        raise FewShotError(f"{file}: labels are not all whole numbers; expected one an image")
+    images = ImageSet.from_arrays(pixels, [int(label) for label in labels])
+    if images.counts.tolist() != [PER_CLASS] * classes:
+        raise FewShotError(
+            f"{file} has {len(images.names)} classes of {int(images.counts.min())} images or more; "
+            f"expected {classes} of {PER_CLASS}"
+        )
+    return ImageSet(images.images, images.counts, tuple(f"{split} {int(label):02d}" for label in images.names))
+
+
 def _find(root: Path) -> tuple[Path, Form]:
     for form in FORMS:
         found = locate(root, (f"{form.name}/{form.mark}" if form.mark else form.name,), SUBFOLDERS)
         if found is not None:
             return (found.parent if form.mark else found), form
     raise FewShotError(
-        f"there is no CIFAR-100 in {root}; expected {', '.join(form.name for form in FORMS[:-1])} or a folder of each "
-        f"class in data, there or in its folder {SUBFOLDERS[0]}; get it from {URL}, or leave the root out to download "
-        "it"
+        f"there is no CIFAR-100 in {root}; expected cifar-100-python.tar.gz, cifar-100-binary.tar.gz, one of them "
+        f"unpacked, data.hdf5 or data/<class>/*.png, there or in its folder {SUBFOLDERS[0]}; get it from {URL}, or "
+        "leave the root out to download it"
     )
 
 
