@@ -454,6 +454,24 @@ def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
             read_tar(path, ("x/a",), 10**6)
 
 
+def test_a_tar_that_is_damaged_anywhere_raises_nothing_else(tmp_path: Path) -> None:
+    """Bytes of the tar itself are changed under a right CRC."""
+    chance, messages = np.random.default_rng(0), []
+    write_tar(tmp_path / "some.tar.gz", {"x/a": bytes(2000), "x/b": b"second"})
+    whole = gzip.decompress((tmp_path / "some.tar.gz").read_bytes())
+    for _ in range(500):
+        damaged = bytearray(whole[: chance.integers(512, 5000)])
+        for _ in range(chance.integers(1, 4)):
+            damaged[chance.integers(len(damaged))] = chance.integers(256)
+        (tmp_path / "some.tar.gz").write_bytes(gzip.compress(bytes(damaged), 1))
+        try:
+            read_tar(tmp_path / "some.tar.gz", ("x/a", "x/b"), 10**6)
+        except FewShotError as error:
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert all(re.search(line("some.tar.gz", "expected"), message) for message in messages)
+
+
 @pytest.mark.parametrize("kind", ["content", "header", "sparse", "link"])
 def test_a_tar_does_not_inflate(tmp_path: Path, kind: str) -> None:
     """A member, a header of a header and a hole of a gigabyte, and a link to a file outside."""

@@ -149,14 +149,19 @@ def read_tar(path: Path, names: Collection[str], most: int) -> dict[str, bytes]:
 
 
 class _Bounded:
-    """A stream that raises once it has given more than `most` bytes."""
+    """A stream that raises once it has given more than `most` bytes, and where it is read on after its end.
+
+    `tarfile` reads on for as many blocks as a header claims.
+    """
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile, most: int) -> None:
-        self.stream, self.most, self.given = stream, most, 0
+        self.stream, self.most, self.given, self.ended = stream, most, 0, False
 
     def read(self, size: int) -> bytes:
+        if self.ended:
+            raise EOFError("it ends too early")
         content = self.stream.read(size)
-        self.given += len(content)
+        self.given, self.ended = self.given + len(content), not content
         if self.given > self.most:
             raise OSError(f"it inflates to more than {self.most:,} bytes")
         return content
