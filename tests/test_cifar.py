@@ -130,7 +130,7 @@ def write_archive(folder: Path, files: dict[str, bytes]) -> None:
 
 def write_hdf5(root: Path, batches: Batches) -> None:
     """As torchmeta does."""
-    (root / "cifar100").mkdir()
+    (root / "cifar100").mkdir(exist_ok=True)
     with h5py.File(root / "cifar100" / "data.hdf5", "w") as file:
         for coarse, fines in SUPERCLASSES.items():
             for fine in fines.split():
@@ -333,6 +333,11 @@ def test_a_wrong_hdf5(tmp_path: Path, batches: Batches) -> None:
         del file["fish/trout"]
         file["fish/trout"] = h5py.ExternalLink("other.hdf5", "trout")
     refuse(tmp_path, "fish/trout is a ExternalLink")
+    for more in ("people/trout", "vehicles_2/zeppelin"):
+        write_hdf5(tmp_path, batches)
+        with h5py.File(tmp_path / "cifar100" / "data.hdf5", "a") as file:
+            file[more] = np.zeros((3, 32, 32, 3), np.uint8)
+        refuse(tmp_path, f"{more} is a class too many")
     (tmp_path / "cifar100" / "data.hdf5").write_bytes(b"no HDF5")
     refuse(tmp_path, "data.hdf5 cannot be read")
 

@@ -195,6 +195,8 @@ def _read_hdf5(path: Path) -> Classes:
                 group = own_member(stored, coarse, h5py.Group, f"{path}: {coarse}")
                 for fine in group:
                     origin = f"{path}: {coarse}/{fine}"
+                    if fine in classes or len(classes) == CLASSES:
+                        raise FewShotError(f"{origin} is a class too many; expected CIFAR-100's {CLASSES}, each once")
                     content = own_member(group, fine, h5py.Dataset, origin)
                     images = read_bytes(content, (PER_CLASS, SIDE, SIDE, 3), origin)
                     classes[fine] = images.transpose(0, 3, 1, 2)
