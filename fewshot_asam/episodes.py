@@ -21,12 +21,13 @@ class Episodes:
 
     **Arguments:**
 
-    - `support_x`: float `[T, S, C, H, W]`, in `[0, 1]`.
-    - `support_y`: int64 `[T, S]`, labels `0..N-1`.
-    - `query_x`: float `[T, N*Q, C, H, W]`.
-    - `query_y`: int64 `[T, N*Q]`.
+    - `support_x`: float `[T, S, C, H, W]`, images in `[0, 1]`; or inputs of any other shape, `[T, S, ...]`.
+    - `support_y`: int64 `[T, S]`, labels `0..N-1`; or for regression float `[T, S, ...]`, targets.
+    - `query_x`: float `[T, N*Q, C, H, W]`, or `[T, any number, ...]`.
+    - `query_y`: int64 `[T, N*Q]`, or float `[T, the same number, ...]`.
 
-    Raises `FewShotError` where the shapes do not fit together, a set is empty or a label on the CPU is negative.
+    Raises `FewShotError` where the shapes do not fit together, a set is empty, one has labels and the other targets, or
+    a label on the CPU is negative.
     """
 
     support_x: Tensor
@@ -39,15 +40,23 @@ class Episodes:
             ("support", self.support_x, self.support_y),
             ("query", self.query_x, self.query_y),
         ):
-            if y.ndim != 2 or x.shape[:2] != y.shape or y.dtype != torch.int64:
+            labels = y.dtype == torch.int64 and y.ndim == 2
+            targets = y.is_floating_point() and y.ndim >= 2
+            if not (labels or targets) or x.shape[:2] != y.shape[:2]:
                 raise FewShotError(
                     f"{role} images are {list(x.shape)} and labels {y.dtype} {list(y.shape)}; expected images "
-                    "[tasks, images, ...] and int64 labels [tasks, images]"
+                    "[tasks, images, ...] and int64 labels [tasks, images], or inputs [tasks, inputs, ...] and float "
+                    "targets [tasks, inputs, ...]"
                 )
             if y.numel() == 0:
                 raise FewShotError(f"the {role} sets are empty: {list(y.shape)}; expected tasks with an image at least")
-            if y.device.type == "cpu" and int(y.min()) < 0:  # elsewhere that would wait for the device
+            if labels and y.device.type == "cpu" and int(y.min()) < 0:  # elsewhere that would wait for the device
                 raise FewShotError(f"{role} labels begin at {int(y.min())}; expected 0 or more, as they count the ways")
+        if self.support_y.dtype != self.query_y.dtype or self.support_y.shape[2:] != self.query_y.shape[2:]:
+            raise FewShotError(
+                f"support labels are {self.support_y.dtype} {list(self.support_y.shape)} and query labels "
+                f"{self.query_y.dtype} {list(self.query_y.shape)}; expected one type, and one shape of a target"
+            )
         if len(self.support_x) != len(self.query_x):
             raise FewShotError(
                 f"{len(self.support_x)} support sets and {len(self.query_x)} query sets; expected one of each a task"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -10,7 +11,9 @@ import re
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -25,7 +28,16 @@ import pytest
 from PIL import Image, ImageOps
 
 from fewshot_asam.data import archives
-from fewshot_asam.data.archives import decode_image, fetch, list_tree, locate, open_zip, read_file, read_member
+from fewshot_asam.data.archives import (
+    decode_image,
+    fetch,
+    list_tree,
+    locate,
+    open_zip,
+    read_file,
+    read_member,
+    read_tar,
+)
 from fewshot_asam.errors import FewShotError
 from test_files import make
 
@@ -410,6 +422,80 @@ def test_a_damaged_image_raises_nothing_else(photo: np.ndarray, kind: str) -> No
     assert all(re.search(line("x.bin", "expected"), message) for message in messages)
     with pytest.raises(FewShotError, match=line("x.bin", "runcated")):
         decode_image(whole[: -len(whole) // 3], "x.bin", "RGB", (8, 8))
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+MEMBERS = {"x/a": os.urandom(50_000), "./x/b": b"second", "x/c": os.urandom(10_000)}
+
+
+def test_members_of_a_tar_are_read_and_never_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "some.tar.gz", {**MEMBERS, "../out": b"out"})
+    assert read_tar(tmp_path / "some.tar.gz", ("x/a", "x/b"), 10**6) == {"x/a": MEMBERS["x/a"], "x/b": b"second"}
+    assert [path.name for path in tmp_path.rglob("*")] == ["some.tar.gz"]
+    with pytest.raises(FewShotError, match=line("some.tar.gz has no member x/d")):
+        read_tar(tmp_path / "some.tar.gz", ("x/a", "x/d"), 10**6)
+
+
+def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "some.tar.gz"
+    write_tar(path, MEMBERS)
+    whole = path.read_bytes()
+    for damaged in (b"", b"no archive", whole[:200], whole[:-4], whole[:9000] + b"?" + whole[9001:]):
+        path.write_bytes(damaged)
+        with pytest.raises(FewShotError, match=line("some.tar.gz", "fetch it again")):
+            read_tar(path, ("x/a",), 10**6)
+
+
+def test_a_tar_that_is_damaged_anywhere_raises_nothing_else(tmp_path: Path) -> None:
+    """Bytes of the tar itself are changed under a right CRC."""
+    chance, messages = np.random.default_rng(0), []
+    write_tar(tmp_path / "some.tar.gz", {"x/a": bytes(2000), "x/b": b"second"})
+    whole = gzip.decompress((tmp_path / "some.tar.gz").read_bytes())
+    for _ in range(500):
+        damaged = bytearray(whole[: chance.integers(512, 5000)])
+        for _ in range(chance.integers(1, 4)):
+            damaged[chance.integers(len(damaged))] = chance.integers(256)
+        (tmp_path / "some.tar.gz").write_bytes(gzip.compress(bytes(damaged), 1))
+        try:
+            read_tar(tmp_path / "some.tar.gz", ("x/a", "x/b"), 10**6)
+        except FewShotError as error:
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert all(re.search(line("some.tar.gz", "expected"), message) for message in messages)
+
+
+@pytest.mark.parametrize("kind", ["content", "header", "sparse", "link"])
+def test_a_tar_does_not_inflate(tmp_path: Path, kind: str) -> None:
+    """A member, a header of a header and a hole of a gigabyte, and a link to a file outside."""
+    (tmp_path / "secret").write_text("secret")
+    info = tarfile.TarInfo("x/a")
+    info.size = 2**30
+    if kind == "header":
+        info.type = tarfile.XHDTYPE
+    elif kind == "link":
+        info.type, info.linkname, info.size = tarfile.SYMTYPE, str(tmp_path / "secret"), 0
+    elif kind == "sparse":
+        info.pax_headers = {"GNU.sparse.map": "", "GNU.sparse.size": str(2**40), "GNU.sparse.major": "0"}
+        info.size = 0
+    with gzip.open(tmp_path / "some.tar.gz", "wb", 1) as file:
+        file.write(info.tobuf(tarfile.PAX_FORMAT))
+        for _ in range(info.size // 2**20):
+            file.write(bytes(2**20))
+        file.write(bytes(2**14))
+    tracemalloc.start()
+    with pytest.raises(FewShotError, match=line("some.tar.gz", "expected")):
+        read_tar(tmp_path / "some.tar.gz", ("x/a",), 10**6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_trees_are_listed_sorted_and_without_hidden_files(tmp_path: Path) -> None:

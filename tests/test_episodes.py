@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from scipy.stats import chisquare
 
 from conftest import make_images
 from fewshot_asam import FewShotError
-from fewshot_asam.data.images import ImageSet
+from fewshot_asam.data.images import Dataset, ImageSet
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 
 
@@ -127,9 +128,31 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(FewShotError, match="support images"):
         Episodes(x[:, :2], y, x, y)
     with pytest.raises(FewShotError, match="query images"):
-        Episodes(x, y, x, y.float())
+        Episodes(x, y, x, y.int())
+    with pytest.raises(FewShotError, match="support images"):
+        Episodes(x, y.unsqueeze(2), x, y.unsqueeze(2))
+    with pytest.raises(FewShotError, match="query labels begin at -1"):
+        Episodes(x, y, x, y - 1)
+    with pytest.raises(FewShotError, match="the query sets are empty"):
+        Episodes(x, y, x[:, :0], y[:, :0])
     with pytest.raises(FewShotError, match="1 support sets and 2 query sets"):
         Episodes(x[:1], y[:1], x, y)
+
+
+@pytest.mark.parametrize("inputs", [(), (1,), (7, 3)])
+@pytest.mark.parametrize("targets", [(), (1,), (2, 5)])
+def test_episodes_of_regression(inputs: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    """Targets below 0 and sets of any size will do, and a slice keeps them."""
+    support, query = ((torch.randn(4, n, *inputs), torch.randn(4, n, *targets)) for n in (3, 8))
+    batch = Episodes(*support, *query).to("cpu")
+    assert batch.num_tasks == 4
+    assert torch.equal(batch[1:].query_y, query[1][1:])
+    with pytest.raises(FewShotError, match="query images"):
+        Episodes(*support, query[0], query[1][:, 1:])
+    with pytest.raises(FewShotError, match="expected one type"):
+        Episodes(*support, query[0], torch.zeros(4, 8, dtype=torch.int64))
+    with pytest.raises(FewShotError, match="one shape of a target"):
+        Episodes(*support, query[0], query[1].unsqueeze(-1))
 
 
 @pytest.mark.parametrize(
@@ -145,3 +168,95 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_image_sets_check_themselves(images, counts, names, message) -> None:
     with pytest.raises(FewShotError, match=message):
         ImageSet(images, torch.tensor(counts), names)
+
+
+PIXELS = np.arange(6 * 3 * 4 * 5, dtype=np.uint8).reshape(6, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "counts", "order"),
+    [
+        ([7, -2, 7, 0, -2, 7], ("-2", "0", "7"), [2, 1, 3], [1, 4, 3, 0, 2, 5]),
+        (np.array([7, -2, 7, 0, -2, 7]), ("-2", "0", "7"), [2, 1, 3], [1, 4, 3, 0, 2, 5]),
+        (torch.tensor([1, 0, 1, 0, 1, 0]), ("0", "1"), [3, 3], [1, 3, 5, 0, 2, 4]),
+        (["owl", "ant", "owl", "ant", "owl", "bee"], ("ant", "bee", "owl"), [2, 1, 3], [1, 3, 5, 0, 2, 4]),
+        (np.array(["b", "a"] * 3), ("a", "b"), [3, 3], [1, 3, 5, 0, 2, 4]),
+        ([("x", 1), ("a", 2)] * 3, ("('a', 2)", "('x', 1)"), [3, 3], [1, 3, 5, 0, 2, 4]),
+        (["b", 3, "b", 3, "b", 3], ("b", "3"), [3, 3], [0, 2, 4, 1, 3, 5]),
+    ],
+)
+@pytest.mark.parametrize("form", ["first", "last", "tensor", "read-only", "reversed"])
+def test_an_image_set_of_arrays(labels, names, counts, order, form: str) -> None:
+    forms = {
+        "first": lambda: PIXELS,
+        "last": lambda: PIXELS.transpose(0, 2, 3, 1),
+        "tensor": lambda: torch.from_numpy(PIXELS),
+        "read-only": lambda: np.frombuffer(PIXELS.tobytes(), np.uint8).reshape(PIXELS.shape),
+        "reversed": lambda: np.ascontiguousarray(PIXELS[::-1])[::-1],
+    }
+    images = ImageSet.from_arrays(forms[form](), labels)
+    assert images.names == names
+    assert images.counts.tolist() == counts
+    assert np.array_equal(images.images, PIXELS[order])
+
+
+def test_an_image_set_has_the_names_that_it_is_given() -> None:
+    images = ImageSet.from_arrays(PIXELS[:, 0], [2, 1, 2, 1, 2, 1], ["cat", "dog"])
+    assert images.names == ("cat", "dog")
+    assert images.shape == (1, 4, 5)
+    images.images.zero_()
+    assert PIXELS.any(), "the caller's array is left alone"
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "names", "message"),
+    [
+        (PIXELS / 255, [0] * 6, None, r"float64 \[6, 3, 4, 5\]; expected uint8 .*multiply images in \[0, 1\] by 255"),
+        (PIXELS.astype(int), [0] * 6, None, r"int64 \[6, 3, 4, 5\]; expected uint8"),
+        (PIXELS[:, :2], [0] * 6, None, r"uint8 \[6, 2, 4, 5\]; expected .* 1 or 3 channels"),
+        (PIXELS[0, 0], [0] * 6, None, r"uint8 \[4, 5\]"),
+        (PIXELS[:0], [], None, r"uint8 \[0, 3, 4, 5\]"),
+        ([PIXELS[0], PIXELS[0, :, :2]], [0, 1], None, "all of one size"),
+        (PIXELS, [0] * 5, None, "5 labels for 6 images; expected one each"),
+        (PIXELS, "abcdef", None, "labels are a str; expected one label an image"),
+        (PIXELS, 3, None, "labels are a int"),
+        (PIXELS, [0, 1, float("nan"), 0, 1, 0], None, "a label is nan"),
+        (PIXELS, [0, 1, None, 0, 1, 0], None, "a label is None"),
+        (PIXELS, np.eye(6), None, "cannot be told from another"),
+        (PIXELS, [0, 1] * 3, ["a"], "1 names for 2 different labels"),
+        (PIXELS, [0, 1] * 3, ["a", "a"], "unique names"),
+        (PIXELS, [0, "0"] * 3, None, "unique names"),
+    ],
+)
+def test_arrays_that_are_no_image_set(images, labels, names, message: str) -> None:
+    with pytest.raises(FewShotError, match=rf"\A.*{message}.*\Z"):
+        ImageSet.from_arrays(images, labels, names)
+
+
+def test_a_dataset_of_arrays_divides_its_classes() -> None:
+    """Image k of class c has the value 10 c + k."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 3))
+    values = [10 * label + (labels[:index] == label).sum() for index, label in enumerate(labels)]
+    pixels = np.array(values, np.uint8)[:, None, None]
+    dataset, again, other = (Dataset.from_arrays("mine", pixels, labels, seed=seed) for seed in (3, 3, 4))
+    splits = (dataset.train, dataset.val, dataset.test)
+    assert [len(images.names) for images in splits] == [13, 3, 4]
+    assert sorted(name for images in splits for name in images.names) == sorted(map(str, range(20)))
+    for images in splits:
+        expected = [10 * int(name) + index for name in images.names for index in range(3)]
+        assert images.images.flatten().tolist() == expected
+    assert dataset.train.names == again.train.names != other.train.names
+    assert EpisodeSampler(dataset.test, 3, 1, 2).sample(2).num_tasks == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fractions": (0.9, 0.05, 0.05)}, r"fractions \(0.9, 0.05, 0.05\) of 4 classes are 4, 0, 0; expected"),
+        ({"fractions": (0.5, 0.5)}, "three positive shares"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_a_dataset_of_arrays_that_cannot_be_divided(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(FewShotError, match=message):
+        Dataset.from_arrays("mine", PIXELS[:4], range(4), **settings)

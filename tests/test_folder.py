@@ -15,6 +15,7 @@ from fewshot_asam.data import folder
 from fewshot_asam.data.cache import SPLITS
 from fewshot_asam.data.images import Dataset
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.runtime.memory import memory_limit
 from test_archives import line
 
 SUFFIXES = ("png", "jpg", "jpeg", "PNG", "Jpg", "JPEG")
@@ -105,6 +106,31 @@ def test_what_fits_no_memory_is_refused_before_it_is_made(root: Path, monkeypatc
     assert folder.load(root, image_size=500).train.shape == (3, 500, 500)
     with pytest.raises(FewShotError, match=line("19 images of 3 x 600 x 600 take 0.0 GiB", "lower image_size")):
         folder.load(root, image_size=600)
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/job/step\n", {"job/step/memory.max": "5000"}, 5000),
+        ("0::/job/step\n", {"job/step/memory.max": "max", "job/memory.max": "6000"}, 6000),
+        ("0::/elsewhere\n", {"memory.max": "7000"}, 7000),
+        ("2:cpu:/x\n4:memory:/job\n0::/\n", {"memory/job/memory.limit_in_bytes": "8000"}, 8000),
+        ("4:memory:/job\n", {"memory/job/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("2:cpu:/\n", {"memory.max": "10"}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_container_has_less_memory(
+    tmp_path: Path, groups: str | None, limits: dict[str, str], expected: int | None
+) -> None:
+    for name, text in limits.items():
+        (tmp_path / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / name).write_text(text + "\n")
+    if groups is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory_limit(tmp_path) == (expected or physical)
 
 
 @pytest.fixture

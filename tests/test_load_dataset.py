@@ -7,6 +7,8 @@ import importlib
 import inspect
 import json
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fewshot_asam
 from fewshot_asam.data import DATASETS, Dataset, ImageSet, load_dataset, omniglot
 from fewshot_asam.data.cache import cached
 from fewshot_asam.errors import FewShotError
@@ -114,8 +117,8 @@ def test_an_unknown_name_gets_the_nearest(name: str, nearest: str) -> None:
 
 
 def test_a_name_like_no_other_gets_no_suggestion() -> None:
-    with pytest.raises(FewShotError, match=line("'cifar'", *DATASETS)) as caught:
-        load_dataset("cifar")
+    with pytest.raises(FewShotError, match=line("'birds'", *DATASETS)) as caught:
+        load_dataset("birds")
     assert "did you mean" not in str(caught.value)
 
 
@@ -149,8 +152,54 @@ def test_every_dataset_has_a_loader(name: str) -> None:
     assert all(option.kind is inspect.Parameter.KEYWORD_ONLY for option in options)
 
 
+A_DATASET_MORE = """
+import torch
+from fewshot_asam.data.images import Dataset, ImageSet
+
+def load(root=None, *, side=4):
+    images = ImageSet(torch.zeros(6, 1, side, side, dtype=torch.uint8), torch.tensor([3, 3]), ("a", "b"))
+    return Dataset("squares", images, images, images)
+"""
+USED = """
+import fewshot_asam
+from fewshot_asam.cli.train_maml import main
+import fewshot_asam
+from fewshot_asam.data import DATASETS, load_dataset
+assert "squares" in DATASETS and "cache" not in DATASETS
+assert load_dataset("squares", side=5).train.shape == (1, 5, 5)
+assert fewshot_asam.TrainConfig(dataset="squares").dataset == "squares"
+assert main(["--dataset", "sqares"]) == 2
+main(["--help"])
+"""
+
+
+def test_a_new_dataset_is_one_file(tmp_path: Path) -> None:
+    """In a copy of the package: `load_dataset`, the settings, the help and the error for unknown names find it."""
+    package = Path(fewshot_asam.__file__).parent
+    shutil.copytree(package, tmp_path / "fewshot_asam", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "fewshot_asam" / "data" / "squares.py").write_text(A_DATASET_MORE)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", USED], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"--dataset \{[\w,\s]*squares", done.stdout)
+    assert re.fullmatch(line("error: dataset is 'sqares'", "squares", "did you mean squares?"), done.stderr.strip())
+
+
+def test_images_that_do_not_fit_the_device_are_named(
+    calls: list[tuple[object, ...]], tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(dataset: Dataset, device: str) -> Dataset:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Dataset, "to", full)
+    with pytest.raises(FewShotError, match=line("'glyphs' take 0.0 GiB", "memory of cuda:0")):
+        load_dataset("glyphs", device="cuda:0")
+
+
 def test_loaders_are_imported_only_when_asked_for() -> None:
-    code = "import sys, fewshot_asam.data; print([m for m in ('h5py', 'PIL', 'pooch') if m in sys.modules])"
+    code = "import sys, fewshot_asam.data; print([m for m in ('h5py', 'PIL', 'pooch', 'torch') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

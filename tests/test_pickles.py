@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.testing._private.utils import runstring
 
-from fewshot_asam.data.pickles import load_plain
+from fewshot_asam.data.pickles import load_plain, parse_plain, stream_plain
 from fewshot_asam.errors import FewShotError
 
 ARRAYS = {
@@ -348,6 +348,51 @@ def test_no_memory_is_corrupted(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) > 50
+
+
+def test_of_bytes_in_memory() -> None:
+    assert parse_plain(pickle.dumps(PLAIN), "some.pkl: train") == PLAIN
+    with pytest.raises(FewShotError, match=r"\Asome.pkl: train cannot be read as plain data"):
+        parse_plain(pickle.dumps(print), "some.pkl: train")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_list_part_by_part(tmp_path: Path, protocol: int) -> None:
+    arrays = [np.frombuffer(os.urandom(300 + index % 7), np.uint8)[:, None] for index in range(2500)]
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps([*arrays, "end"], protocol))
+    *parts, last = stream_plain(tmp_path / "data.pkl")
+    assert last == "end"
+    assert all(np.array_equal(part, array) for part, array in zip(parts, arrays, strict=True))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_the_parts_of_a_list_are_not_kept(tmp_path: Path, protocol: int) -> None:
+    """5,000 parts of 10 kB: together 50 MB, and as much again for the text that they are made of."""
+    with (tmp_path / "data.pkl").open("wb") as file:
+        pickle.dump([np.full(10_000, index % 256, np.uint8) for index in range(5000)], file, protocol)
+    tracemalloc.start()
+    count = sum(part[0] == index % 256 for index, part in enumerate(stream_plain(tmp_path / "data.pkl")))  # type: ignore
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 5000
+    assert peak < 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (pickle.dumps({"a": 1}), "it is no list"),
+        (pickle.dumps([1, print]), "builtins.print"),
+        (pickle.dumps([*range(3000)])[:-500], ""),
+        (b"](K\x01e" + b"N0" * 10, "opcode POP"),
+        (b"](K\x01e" + b"N" * 1_000_001 + b".", "more than 1,000,000 opcodes for a part"),
+        (pickle.dumps([text := "a" * 300, *range(1000), text]), ""),
+    ],
+)
+def test_a_list_that_is_wrong(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "data.pkl").write_bytes(content)
+    with pytest.raises(FewShotError, match=rf"\A\S+data\.pkl .*{re.escape(reason)}.*; expected .*numpy arrays.*\Z"):
+        list(stream_plain(tmp_path / "data.pkl"))
 
 
 def test_missing_file(tmp_path: Path) -> None:

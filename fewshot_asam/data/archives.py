@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import io
 import os
+import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pooch
@@ -67,16 +69,16 @@ def list_tree(folder: Path, pattern: str) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)}
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises `FewShotError` where it cannot be read or has more than `LARGEST_MEMBER`."""
+def read_file(path: Path, most: int = LARGEST_MEMBER) -> bytes:
+    """The bytes of a file. Raises `FewShotError` where it cannot be read or has more than `most`."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(min(size, LARGEST_MEMBER))
+            content = file.read(min(size, most))
     except OSError as error:
         raise FewShotError(f"{path} cannot be read ({_line(error)}); expected a readable file") from error
-    if size > LARGEST_MEMBER:
-        raise FewShotError(f"{path} has more than {LARGEST_MEMBER:,} bytes; expected an image or a table")
+    if size > most:
+        raise FewShotError(f"{path} has more than {most:,} bytes; expected an image or a table")
     return content
 
 
@@ -117,6 +119,52 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
             f"{archive.filename}: member {shown} cannot be read ({_line(error)}); "
             "expected an undamaged archive, so fetch it again"
         ) from error
+
+
+def read_tar(path: Path, names: Collection[str], most: int) -> dict[str, bytes]:
+    """The members of those names of a gzipped tar archive, checked against its CRC; no other one is looked at.
+
+    Raises `FewShotError` where one of them is missing, or the archive is truncated, damaged or inflates to more than
+    `most` bytes.
+    """
+    found: dict[str, bytes] = {}
+    try:
+        with open_regular(path) as file, gzip.GzipFile(fileobj=file) as inflated:
+            stream = _Bounded(inflated, most)
+            with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
+                for member in archive:
+                    name = member.name.removeprefix("./")
+                    if name in names and member.isreg() and not member.issparse():
+                        content = archive.extractfile(member)
+                        found[name] = content.read() if content else b""
+            while stream.read(2**16):  # to the CRC
+                pass
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, RecursionError) as error:
+        raise FewShotError(
+            f"{path} cannot be read ({_line(error)}); expected a complete tar.gz archive, so fetch it again"
+        ) from error
+    if missing := [name for name in names if name not in found]:
+        raise FewShotError(f"{path} has no member {missing[0]}; expected the official archive")
+    return found
+
+
+class _Bounded:
+    """A stream that raises once it has given more than `most` bytes, and where it is read on after its end.
+
+    `tarfile` reads on for as many blocks as a header claims.
+    """
+
+    def __init__(self, stream: BinaryIO | gzip.GzipFile, most: int) -> None:
+        self.stream, self.most, self.given, self.ended = stream, most, 0, False
+
+    def read(self, size: int) -> bytes:
+        if self.ended:
+            raise EOFError("it ends too early")
+        content = self.stream.read(size)
+        self.given, self.ended = self.given + len(content), not content
+        if self.given > self.most:
+            raise OSError(f"it inflates to more than {self.most:,} bytes")
+        return content
 
 
 def decode_image(

@@ -6,11 +6,9 @@ import csv
 import glob
 import io
 import math
-import os
 import reprlib
 import warnings
 from collections.abc import Collection, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +17,10 @@ import torch
 
 from fewshot_asam.data.archives import decode_image, list_tree, read_file
 from fewshot_asam.data.cache import SPLITS, cached, fingerprint
-from fewshot_asam.data.images import Dataset, ImageSet
+from fewshot_asam.data.images import Dataset, ImageSet, divide, is_whole
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime.files import open_regular
+from fewshot_asam.runtime.memory import memory_limit
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LARGEST_SIDE = 10_000
@@ -66,7 +65,7 @@ def load(
     """
     if root is None:
         raise FewShotError("the dataset 'folder' was given no root; expected --data-root with a subfolder a class")
-    _check_settings(image_size, channels, seed, fractions)
+    _check_settings(image_size, channels)
     folders = _class_folders(root)
     divided = "/" in folders[0]
     stamps = list_tree(root, "*/*/*" if divided else "*/*")
@@ -78,7 +77,7 @@ def load(
     elif split_csv:
         names = _split_by_csv(Path(split_csv), classes)
     else:
-        names = _split_by_seed(folders, seed, fractions)
+        names = divide(folders, seed, fractions)
     _check_splits(names, split_csv or root)
     loose = _loose_images(root, ("*", "*/*") if divided else ("*",), folders)
     _warn_of_others(root, [*loose, *set(stamps).difference(*classes.values())])
@@ -94,24 +93,11 @@ def load(
     return cached("folder", fingerprint([root], stamps, SUFFIXES, image_size, channels, names), build)
 
 
-def _check_settings(image_size: int, channels: int, seed: int, fractions: Sequence[float]) -> None:
-    if not _is_whole(image_size) or not 1 <= image_size <= LARGEST_SIDE:
+def _check_settings(image_size: int, channels: int) -> None:
+    if not is_whole(image_size) or not 1 <= image_size <= LARGEST_SIDE:
         raise FewShotError(f"image_size is {image_size!r}; expected 1 to {LARGEST_SIDE:,} pixels")
     if channels not in (1, 3):
         raise FewShotError(f"channels is {channels}; expected 1 (grey) or 3 (RGB)")
-    if not _is_whole(seed) or not 0 <= seed < 2**63:
-        raise FewShotError(f"seed is {seed!r}; expected a whole number, at least 0 and below 2**63")
-    shares = fractions if isinstance(fractions, Sequence) else ()
-    if len(shares) != 3 or not all(map(_is_positive, shares)) or not math.isclose(sum(shares), 1):
-        raise FewShotError(f"fractions are {fractions}; expected three positive shares that add up to 1")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, Real) and float(value) > 0
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -155,12 +141,6 @@ def _split_by_folder(root: Path, folders: Sequence[str]) -> list[list[str]]:
             )
         splits[name] = split
     return [[folder for folder in folders if folder.startswith(f"{split}/")] for split in SPLITS]
-
-
-def _split_by_seed(names: list[str], seed: int, fractions: Sequence[float]) -> list[list[str]]:
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    first, second = (round(len(names) * share) for share in (fractions[0], fractions[0] + fractions[1]))
-    return [sorted(names[i] for i in part) for part in (order[:first], order[first:second], order[second:])]
 
 
 def _split_by_csv(file: Path, classes: Classes) -> list[list[str]]:
@@ -225,10 +205,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_memory(number: int, shape: tuple[int, int, int]) -> None:
-    needed, there = number * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, there = number * math.prod(shape), memory_limit()
     if needed > there:
         raise FewShotError(
-            f"{number} images of {' x '.join(map(str, shape))} take {needed / 2**30:,.1f} GiB, and this machine has "
+            f"{number} images of {' x '.join(map(str, shape))} take {needed / 2**30:,.1f} GiB, and there are "
             f"{there / 2**30:,.1f} GiB of memory; lower image_size"
         )
 

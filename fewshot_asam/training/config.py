@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from fewshot_asam.data import DATASETS
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
 from fewshot_asam.errors import FewShotError
@@ -22,7 +23,10 @@ from fewshot_asam.rules.validation_sets import Validation
 from fewshot_asam.runtime.yaml_settings import conforming, explained, read_yaml, require_known, require_plain
 from fewshot_asam.verification.settings import Norm
 
-DatasetName = Literal["glyphs", "omniglot", "mini_imagenet", "folder"]
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[DATASETS]
 
 
 @dataclass(frozen=True)
