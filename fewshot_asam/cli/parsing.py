@@ -39,11 +39,16 @@ def types(parser: Parser) -> dict[str, Any]:
 
 
 def add_settings(parser: Parser, settings: type) -> None:
-    """One option for each field of a dataclass: `inner_lr` becomes `--inner-lr`, its docstring the help."""
+    """One option for each field of a dataclass: `inner_lr` becomes `--inner-lr`, its docstring the help.
+
+    A field whose metadata say `flag: False` is none.
+    """
     hints = get_type_hints(settings)
     documented = docstring_parser.parse_from_object(settings).params
     helps = {param.arg_name: (param.description or "").replace("\n", " ").replace("%", "%%") for param in documented}
     for field in fields(settings):
+        if not field.metadata.get("flag", True):
+            continue
         if field.default is MISSING:
             raise TypeError(f"{settings.__name__}.{field.name} needs a default")
         parser.add_argument(

@@ -8,7 +8,7 @@ train_maml --resume --output-dir RUN --iterations 2000
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 from fewshot_asam.cli.surroundings import importing
 
@@ -23,19 +23,21 @@ with importing():
     from fewshot_asam.training.run_folder import stored_settings
 
 
+FLAGS = [field.name for field in fields(TrainConfig) if configs.is_flag(field)]
+
+
 def _parser(defaults: TrainConfig) -> Parser:
     parser = Parser(prog="train_maml", description="Meta-train a few-shot learner, test it, write a run folder.")
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
     add_settings(parser, TrainConfig)
-    parser.set_defaults(asdict(defaults))
+    parser.set_defaults({name: value for name, value in asdict(defaults).items() if name in FLAGS})
     return parser
 
 
 def _settings(argv: Sequence[str], defaults: TrainConfig) -> tuple[TrainConfig, bool]:
     given = parse(_parser(defaults), argv)
-    values = {field.name: given[field.name] for field in fields(TrainConfig)}
-    return configs.located(TrainConfig(**values)), bool(given.resume)
+    return configs.located(replace(defaults, **{name: given[name] for name in FLAGS})), bool(given.resume)
 
 
 def _given(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
@@ -51,7 +53,7 @@ def command(argv: Sequence[str]) -> None:
     """Parses the arguments and trains."""
     config, resume = distributed.all_succeed(lambda: _given(argv))
     keep_freed_memory()
-    train(config, resume)
+    train(config, resume=resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fewshot_asam.data import Dataset, load_dataset
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
-from fewshot_asam.models import build_model
+from fewshot_asam.models import MODELS, Shape, adapted_names, build_model
+from fewshot_asam.models.initialisation import HeadInit
 from fewshot_asam.runtime import distributed
+from fewshot_asam.runtime.imports import imported, said_by
 from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.evaluation import in_eval_mode
+from fewshot_asam.training.given import Factory, require_factory, require_named
+from fewshot_asam.verification.diagnosis import logits_from
 
 
 def resolve_device(name: str) -> torch.device:
@@ -34,42 +40,111 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", own)
 
 
-def load_data(config: TrainConfig, device: torch.device) -> Dataset:
+def load_data(config: TrainConfig, device: torch.device, given: Dataset | None = None) -> Dataset:
     """The run's dataset, resident on `device`; raises `FewShotError` where a split cannot give the run's tasks."""
-    options: dict[str, Any] = {}
-    if config.dataset == "folder":
-        options = {"image_size": config.image_size, "split_csv": config.split_csv, "seed": config.split_seed}
-        options |= {"fractions": config.split_fractions, "channels": config.channels}
-    dataset = load_dataset(config.dataset, config.data_root, device=device, **options)
+    if given is None:
+        require_named(config, "dataset")
+        dataset = load_dataset(config.dataset, config.data_root, device=device, **_options(config))
+    else:
+        dataset = given.to(device)
     for split, images in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test)):
         try:
             EpisodeSampler(images, config.ways, config.shots, config.queries)
         except FewShotError as error:
             raise FewShotError(f"{config.dataset}, {split}: {error}") from error
+        if images.shape != dataset.train.shape:
+            raise FewShotError(
+                f"{config.dataset}, {split}: images are {images.shape}, but {dataset.train.shape} in training; "
+                "expected one shape (C, H, W)"
+            )
     return dataset
 
 
-def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
-    """The run's untrained meta-learner, on the CPU, whatever PyTorch's default device."""
-    with torch.device("cpu"):
-        model = build_model(
-            config.model,
-            config.ways,
-            image_shape,
-            config.hidden,
-            config.seed,
-            config.init,
-            "default" if config.head_init == "default" else "zeros",
+def _options(config: TrainConfig) -> dict[str, Any]:
+    if config.dataset != "folder":
+        return {}
+    names = {"image_size": "image_size", "split_csv": "split_csv", "channels": "channels"}
+    names |= {"seed": "split_seed", "fractions": "split_fractions"}
+    return {option: getattr(config, setting) for option, setting in names.items()}
+
+
+def build_learner(config: TrainConfig, image_shape: Shape, factory: Factory | None = None) -> MetaLearner:
+    """The run's untrained meta-learner, on the CPU, whatever PyTorch's default device.
+
+    - `factory`: makes the model, if not the one that the settings name.
+
+    Raises `FewShotError` where the learner or, without a factory, the model was given in Python, and for a model of
+    somebody's own that cannot be made or has other logits than one a class.
+    """
+    require_named(config, "learner", *(() if factory else ("model",)))
+    own = factory is None and config.model in MODELS
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        model = _own_model(config, image_shape) if own else _foreign_model(config, image_shape, factory)
+        zero_head: bool | list[str] = config.head_init == "zeros_every_task"
+        learner = MetaLearner(
+            model,
+            config.inner_lr,
+            config.rule,
+            adapt=config.adapt,
+            validation=config.validation,
+            norm=config.norm,
+            engine=config.engine,
+            torch_compile=config.torch_compile,
+            recompute=config.recompute,
         )
-    return MetaLearner(
-        model,
-        config.inner_lr,
-        config.rule,
-        adapt=config.adapt,
-        validation=config.validation,
-        norm=config.norm,
-        zero_head=config.head_init == "zeros_every_task",
-        engine=config.engine,
-        torch_compile=config.torch_compile,
-        recompute=config.recompute,
-    )
+        if not own:
+            head = _head(learner, config, image_shape)
+            zero_head = head if zero_head else False
+            if config.head_init == "zeros":
+                for name in head:
+                    nn.init.zeros_(model.get_parameter(name))
+        learner.zero_head = zero_head
+        learner.inner_loop  # noqa: B018  its own checks
+    return learner
+
+
+def _own_model(config: TrainConfig, image_shape: Shape) -> nn.Module:
+    head_init: HeadInit = "zeros" if config.head_init != "default" else "default"
+    return build_model(config.model, config.ways, image_shape, config.hidden, config.seed, config.init, head_init)
+
+
+def _foreign_model(config: TrainConfig, image_shape: Shape, factory: Factory | None) -> nn.Module:
+    """What a factory makes, its initial weights drawn by the run's seed."""
+    if factory is None:
+        factory = imported(config.model, "model")
+        require_factory(factory, f"model {config.model!r}")
+    torch.manual_seed(config.seed)
+    try:
+        model: object = factory(config.ways, image_shape)
+    except FewShotError:
+        raise
+    except Exception as error:
+        raise FewShotError(
+            f"model {config.model!r} called with ({config.ways}, {image_shape}) failed ({said_by(error)}); expected a "
+            "function of ways and image shape that returns an nn.Module"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise FewShotError(f"model {config.model!r} returned a {type(model).__name__}; expected an nn.Module")
+    return model
+
+
+def _head(learner: MetaLearner, config: TrainConfig, image_shape: Shape) -> list[str]:
+    """The parameters of the layer that a foreign model's logits come from; raises where they are not one a class."""
+    images = torch.rand(2 * config.ways, *image_shape)
+    try:
+        with torch.no_grad(), in_eval_mode(learner.model):
+            logits = learner(images)
+    except FewShotError:
+        raise
+    except Exception as error:
+        raise FewShotError(
+            f"model {config.model!r} failed on images {list(images.shape)} ({said_by(error)})"
+        ) from error
+    found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if found != [len(images), config.ways]:
+        raise FewShotError(
+            f"model {config.model!r} returned {found} for {len(images)} images; expected logits "
+            f"[{len(images)}, {config.ways}], one a class"
+        )
+    makers = logits_from(learner.inner_loop.model, ((images,), {}))
+    return sorted(makers) or list(adapted_names(learner.model, "head"))
