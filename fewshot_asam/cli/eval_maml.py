@@ -24,11 +24,11 @@ with importing():
     from fewshot_asam.runtime.allocator import keep_freed_memory
     from fewshot_asam.training.announcements import result_text
     from fewshot_asam.training.build import load_data, resolve_device
+    from fewshot_asam.training.checks import require_count, require_seed
     from fewshot_asam.training.config import TrainConfig
     from fewshot_asam.training.evaluation import interval, paired_difference
     from fewshot_asam.training.given import require_named
     from fewshot_asam.training.identity import data_digests, identify, require_same_everywhere, shared
-    from fewshot_asam.training.limits import require_count, require_seed
     from fewshot_asam.training.run_folder import stored_settings
     from fewshot_asam.training.state import best_learner, evaluated
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime.yaml_settings import nearest, read_yaml, require_known
+from fewshot_asam.training.checks import require_count, require_seed
 from fewshot_asam.training.config import TrainConfig, changed, from_plain, plain
-from fewshot_asam.training.limits import require_count, require_seed
 
 PLAN = ("seeds", "defaults", "tests", "rules", "sections")
 """What a plan must say: seeds, settings of every cell, tests and rules by name, and the sections made of them."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewshot_asam.data import Dataset, load_dataset
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
-from fewshot_asam.models import MODELS, Shape, adapted_names, build_model
+from fewshot_asam.models import MODELS, Shape, build_model
 from fewshot_asam.models.initialisation import HeadInit
 from fewshot_asam.runtime import distributed
-from fewshot_asam.runtime.imports import imported, said_by
+from fewshot_asam.training import foreign_model
 from fewshot_asam.training.config import TrainConfig
-from fewshot_asam.training.evaluation import in_eval_mode
-from fewshot_asam.training.given import Factory, require_factory, require_named
-from fewshot_asam.verification.diagnosis import logits_from
+from fewshot_asam.training.given import Factory, require_named
 
 
 def resolve_device(name: str) -> torch.device:
@@ -79,8 +77,7 @@ def build_learner(config: TrainConfig, image_shape: Shape, factory: Factory | No
     require_named(config, "learner", *(() if factory else ("model",)))
     own = factory is None and config.model in MODELS
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        model = _own_model(config, image_shape) if own else _foreign_model(config, image_shape, factory)
-        zero_head: bool | list[str] = config.head_init == "zeros_every_task"
+        model = _own_model(config, image_shape) if own else foreign_model.make(config, image_shape, factory)
         learner = MetaLearner(
             model,
             config.inner_lr,
@@ -88,63 +85,16 @@ def build_learner(config: TrainConfig, image_shape: Shape, factory: Factory | No
             adapt=config.adapt,
             validation=config.validation,
             norm=config.norm,
+            zero_head=own and config.head_init == "zeros_every_task",
             engine=config.engine,
             torch_compile=config.torch_compile,
             recompute=config.recompute,
         )
         if not own:
-            head = _head(learner, config, image_shape)
-            zero_head = head if zero_head else False
-            if config.head_init == "zeros":
-                for name in head:
-                    nn.init.zeros_(model.get_parameter(name))
-        learner.zero_head = zero_head
-        learner.inner_loop  # noqa: B018  its own checks
+            foreign_model.begin(learner, config, image_shape)
     return learner
 
 
 def _own_model(config: TrainConfig, image_shape: Shape) -> nn.Module:
-    head_init: HeadInit = "zeros" if config.head_init != "default" else "default"
+    head_init: HeadInit = "default" if config.head_init == "default" else "zeros"
     return build_model(config.model, config.ways, image_shape, config.hidden, config.seed, config.init, head_init)
-
-
-def _foreign_model(config: TrainConfig, image_shape: Shape, factory: Factory | None) -> nn.Module:
-    """What a factory makes, its initial weights drawn by the run's seed."""
-    if factory is None:
-        factory = imported(config.model, "model")
-        require_factory(factory, f"model {config.model!r}")
-    torch.manual_seed(config.seed)
-    try:
-        model: object = factory(config.ways, image_shape)
-    except FewShotError:
-        raise
-    except Exception as error:
-        raise FewShotError(
-            f"model {config.model!r} called with ({config.ways}, {image_shape}) failed ({said_by(error)}); expected a "
-            "function of ways and image shape that returns an nn.Module"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise FewShotError(f"model {config.model!r} returned a {type(model).__name__}; expected an nn.Module")
-    return model
-
-
-def _head(learner: MetaLearner, config: TrainConfig, image_shape: Shape) -> list[str]:
-    """The parameters of the layer that a foreign model's logits come from; raises where they are not one a class."""
-    images = torch.rand(2 * config.ways, *image_shape)
-    try:
-        with torch.no_grad(), in_eval_mode(learner.model):
-            logits = learner(images)
-    except FewShotError:
-        raise
-    except Exception as error:
-        raise FewShotError(
-            f"model {config.model!r} failed on images {list(images.shape)} ({said_by(error)})"
-        ) from error
-    found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    if found != [len(images), config.ways]:
-        raise FewShotError(
-            f"model {config.model!r} returned {found} for {len(images)} images; expected logits "
-            f"[{len(images)}, {config.ways}], one a class"
-        )
-    makers = logits_from(learner.inner_loop.model, ((images,), {}))
-    return sorted(makers) or list(adapted_names(learner.model, "head"))

@@ -21,7 +21,7 @@ from fewshot_asam.models.initialisation import Init
 from fewshot_asam.rules.inner_step import Rule, RuleName
 from fewshot_asam.rules.validation_sets import Validation
 from fewshot_asam.runtime.yaml_settings import conforming, explained, read_yaml, require_known, require_plain
-from fewshot_asam.training import limits
+from fewshot_asam.training import checks
 
 Part = Literal["model", "learner", "dataset"]
 """What a run is made of and can be given in Python."""
@@ -148,36 +148,36 @@ class TrainConfig:
                 raise FewShotError(f"{field.name} is null; expected a value such as {field.default}")
             object.__setattr__(self, field.name, conforming(field.name, value, kinds[field.name]))
         if "dataset" not in self.from_python:
-            limits.require_dataset(self.dataset)
+            checks.require_dataset(self.dataset)
         if "learner" not in self.from_python:
-            limits.require_model(self.model, self.init)
-        object.__setattr__(self, "adapt", limits.adapt_patterns(self.adapt))
+            checks.require_model(self.model, self.init)
+        object.__setattr__(self, "adapt", checks.adapt_patterns(self.adapt))
         for name in COUNTS:
-            limits.require_count(name, getattr(self, name))
+            checks.require_count(name, getattr(self, name))
         for name in ("image_size", "hidden", "inner_steps", "meta_batch_size"):
-            if getattr(self, name) > limits.LARGEST_SIZE:
-                raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {limits.LARGEST_SIZE:,}")
+            if getattr(self, name) > checks.LARGEST_SIZE:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {checks.LARGEST_SIZE:,}")
         for name in ("validate_tasks", "test_tasks"):
-            limits.require_count(name, getattr(self, name), 2)
-        limits.require_count("congruence_tasks", self.congruence_tasks, 0)
+            checks.require_count(name, getattr(self, name), 2)
+        checks.require_count("congruence_tasks", self.congruence_tasks, 0)
         if self.ways < 2:
             raise FewShotError(f"ways is {self.ways}; expected at least 2")
         for name in ("inner_lr", "meta_lr", "clip_grad", "max_minutes"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < limits.LARGEST_RATE:
-                raise FewShotError(f"{name} is {value}; expected a number above 0 and below {limits.LARGEST_RATE:g}")
+            if value is not None and not 0 < value < checks.LARGEST_RATE:
+                raise FewShotError(f"{name} is {value}; expected a number above 0 and below {checks.LARGEST_RATE:g}")
         for name in ("rho", "rho1", "rho2"):
-            if (getattr(self, name) or 0) >= limits.LARGEST_RATE:
-                raise FewShotError(f"{name} is {getattr(self, name)}; expected a radius below {limits.LARGEST_RATE:g}")
+            if (getattr(self, name) or 0) >= checks.LARGEST_RATE:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected a radius below {checks.LARGEST_RATE:g}")
         for name in ("data_root", "split_csv", "output_dir"):
-            limits.require_writable(name, str(getattr(self, name)))
+            checks.require_writable(name, str(getattr(self, name)))
         for name in FOLDER_ONLY:
             if self.dataset != "folder" and getattr(self, name) != getattr(TrainConfig, name):
                 raise FewShotError(f"{name} is given, but dataset is {self.dataset!r}; it is of dataset folder alone")
         if self.validation == "split" and self.shots < 2:
             raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
         for name in ("seed", "split_seed"):
-            limits.require_seed(name, getattr(self, name))
+            checks.require_seed(name, getattr(self, name))
         self.rule  # noqa: B018  its own checks
 
     @property

@@ -1,4 +1,4 @@
-"""What settings and counts can be at most, and what is said where they are not."""
+"""What single settings may be: counts, sizes, seeds, paths and names."""
 
 from __future__ import annotations
 
