@@ -74,10 +74,10 @@ def own_learner(rate: float = 0.2, model: type[nn.Module] = RegisteredTwice) -> 
         return LogRate(model(3, SHAPE), rate, Rule("sharp_maml_low", rho=0.05), zero_head=["head.*"], engine="vmap")
 
 
-def learned_rate() -> MetaLearner:
+def learned_rate(ways: int = 3) -> MetaLearner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        return MetaLearner(RegisteredTwice(3, SHAPE), nn.Parameter(torch.tensor(0.2)), Rule("maml"), engine="loop")
+        return MetaLearner(RegisteredTwice(ways, SHAPE), nn.Parameter(torch.tensor(0.2)), Rule("maml"), engine="loop")
 
 
 def own_dataset(name: str = "of mine", seed: int = 0) -> Dataset:

@@ -308,6 +308,8 @@ def test_a_model_of_the_current_folder_on_the_command_line(
         ({"model": "own_parts:with_dropout"}, "model is a str; expected a function"),
         ({"model": with_dropout, "learner": own_learner()}, "model and learner are given; expected one"),
         ({"learner": with_dropout(3, SHAPE)}, "learner is a Sequential; expected a MetaLearner"),
+        ({"learner": own_parts.learned_rate(2), "dataset": own_dataset()}, r"returned \[6, 2\] for 6 images; expected"),
+        ({"dataset": own_dataset(5)}, "the dataset's name is 5; expected a few letters"),  # type: ignore[arg-type]
         ({"dataset": make_images(6, 5, SHAPE, 0)}, "dataset is a ImageSet; expected a fewshot_asam.Dataset"),
         ({"dataset": own_dataset("../mine")}, "the dataset's name is '../mine'; expected a few letters"),
         (
@@ -340,7 +342,7 @@ def test_what_cannot_be_given(tmp_path: Path, given: dict[str, Any], message: st
         ({"learner": own_parts.learned_rate(), "dataset": own_dataset()}, "model was LogRate.* and is MetaLearner"),
         ({"learner": own_learner(), "dataset": own_dataset("yours")}, "dataset was of mine and is yours"),
         ({"learner": own_learner(), "dataset": own_dataset(seed=1)}, "was made with other images of the same classes"),
-        ({"model": with_dropout, "dataset": own_dataset()}, "the learner of this run, LogRate"),
+        ({"model": Conv4, "dataset": own_dataset()}, "the learner of this run, LogRate"),
     ],
 )
 def test_a_run_is_bound_to_what_was_given(given: Path, tmp_path: Path, parts: dict[str, Any], message: str) -> None:
@@ -362,7 +364,7 @@ def test_a_run_by_names_takes_nothing_else(images: Path, tmp_path: Path) -> None
     train(config)
     data = replace(own_dataset(), name="folder")
     require_refusal(
-        run, "the dataset of the run was made by its name and", lambda: train(config, dataset=data, resume=True)
+        run, "the dataset of the run was made by its name, folder, and", lambda: train(config, dataset=data, resume=True)
     )
     message = "model was own_parts:with_dropout and is own_parts:RegisteredTwice"
     require_refusal(run, message, lambda: train(config, model=RegisteredTwice, resume=True))

@@ -43,8 +43,7 @@ def begin(learner: MetaLearner, config: TrainConfig, image_shape: Shape) -> None
 
     Raises `FewShotError` where it cannot take them, or has other logits than one a class.
     """
-    images = torch.rand(2 * config.ways, *image_shape)
-    _require_logits(learner, config, images)
+    images = require_logits(learner, config, image_shape)
     if config.head_init == "default":
         return
     makers = logits_from(learner.inner_loop.model, ((images,), {}))
@@ -57,7 +56,14 @@ def begin(learner: MetaLearner, config: TrainConfig, image_shape: Shape) -> None
         learner.inner_loop  # noqa: B018  its own checks
 
 
-def _require_logits(learner: MetaLearner, config: TrainConfig, images: Tensor) -> None:
+def require_logits(learner: MetaLearner, config: TrainConfig, image_shape: Shape) -> Tensor:
+    """Raises `FewShotError` where the model takes no images, or has no logit for each class; returns what was tried.
+
+    A model that was made for the run has no others; one that came with a learner may.
+    """
+    device = next(learner.parameters()).device
+    images = torch.rand(2 * config.ways, *image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    images = images.to(device)
     try:
         with torch.no_grad(), in_eval_mode(learner.model):
             logits: object = learner(images)
@@ -67,9 +73,16 @@ def _require_logits(learner: MetaLearner, config: TrainConfig, images: Tensor) -
         raise FewShotError(
             f"model {config.model!r} failed on images {list(images.shape)} ({said_by(error)})"
         ) from error
-    expected = [len(images), config.ways]
-    found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    if found != expected:
+    if not _are_logits(logits, len(images), config.ways, exactly="learner" not in config.from_python):
+        found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise FewShotError(
-            f"model {config.model!r} returned {found} for {len(images)} images; expected logits {expected}, one a class"
+            f"model {config.model!r} returned {found} for {len(images)} images; expected logits "
+            f"{[len(images), config.ways]}, one a class"
         )
+    return images
+
+
+def _are_logits(found: object, images: int, ways: int, exactly: bool) -> bool:
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != images:
+        return False
+    return found.shape[1] == ways or (found.shape[1] > ways and not exactly)

@@ -46,7 +46,7 @@ class Given:
             raise FewShotError(
                 f"dataset is a {type(self.dataset).__name__}; expected a fewshot_asam.Dataset of three ImageSets"
             )
-        if not _DATASET_NAME.fullmatch(self.dataset.name):
+        if not isinstance(self.dataset.name, str) or not _DATASET_NAME.fullmatch(self.dataset.name):
             raise FewShotError(
                 f"the dataset's name is {self.dataset.name!r}; expected a few letters, digits and spaces, as folders "
                 "are called by it"

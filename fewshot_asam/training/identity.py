@@ -15,7 +15,7 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.yaml_settings import filled
 from fewshot_asam.training.config import TrainConfig, located, plain
-from fewshot_asam.training.given import require_named
+from fewshot_asam.training.given import not_named
 
 FREE_TO_CHANGE = ("iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every")
 """Settings with which a run may be resumed although they differ."""
@@ -66,12 +66,15 @@ def from_json(text: str | None, origin: str) -> Identity:
 
 def require_same_settings(config: TrainConfig, stored: TrainConfig) -> None:
     """Raises `FewShotError` for a setting that would alter the run that was begun with the `stored` ones."""
-    require_named(stored, *(part for part in stored.from_python if part not in config.from_python))
+    for part in stored.from_python:
+        if part not in config.from_python and not (part == "model" and ":" in config.model):
+            raise not_named(stored, part)
     for part in config.from_python:
         if part not in stored.from_python:
+            name = stored.dataset if part == "dataset" else stored.model
             raise FewShotError(
-                f"the {part} of the run was made by its name and is given in Python now, which would alter the resumed "
-                "run; leave it out, or start a new run"
+                f"the {part} of the run was made by its name, {name}, and is given in Python now, which would alter "
+                "the resumed run; name it in the settings instead, or start a new run"
             )
     before, now = _bound(stored), _bound(config)
     for name, new in now.items():

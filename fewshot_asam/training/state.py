@@ -36,6 +36,7 @@ from fewshot_asam.training.checkpoint import (
 )
 from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.evaluation import evaluate
+from fewshot_asam.training.foreign_model import require_logits
 from fewshot_asam.training.given import Given
 from fewshot_asam.training.identity import Identity, from_json, identify, require_same
 from fewshot_asam.training.progress import Progress
@@ -225,6 +226,8 @@ def build(config: TrainConfig, dataset: Dataset, device: torch.device, given: Gi
     Raises `FewShotError` where there are more processes than tasks and where the learner's state cannot be stored.
     """
     given = given or Given()
+    if given.learner is not None:
+        require_logits(given.learner, config, dataset.train.shape)
     learner = (given.learner or build_learner(config, dataset.train.shape, given.model)).to(device)
     require_storable(learner)
     train_tasks = EpisodeSampler(dataset.train, config.ways, config.shots, config.queries, seed=config.seed)
