@@ -144,10 +144,10 @@ def test_a_run_with_own_parts_is_tested(case: Any, capsys: pytest.CaptureFixture
         assert status == 0, said
         assert f"test accuracy {100 * summary['test_accuracy']:.1f} % ± {100 * summary['test_ci95']:.1f} (" in printed
         return
-    part = recorded["from_python"][0]
+    given = recorded["from_python"]
     assert (status, printed) == (2, "")
-    assert f"the {part} of this run, " in said
-    assert f"train(config, {part}=..., resume=True)" in said
+    assert all(f"the {part} (" in said for part in given)
+    assert f"train(config, {', '.join(f'{part}=...' for part in given)}, resume=True)" in said
     assert len(said.splitlines()) == 1
     assert train_maml.main(["--resume", "--output-dir", str(folder)]) == 2
     assert capsys.readouterr().err == said
@@ -328,9 +328,9 @@ def test_what_cannot_be_given(tmp_path: Path, given: dict[str, Any], message: st
     [
         (
             {},
-            "the learner of this run, LogRate.*, was given in Python.*give it again: train.config, learner=..., resume",
+            r"the learner \(LogRate.*\) and the dataset \(of mine\) of this run came .*learner=..., dataset=",
         ),
-        ({"learner": own_learner()}, "the dataset of this run, of mine, was given in Python"),
+        ({"learner": own_learner()}, r"the dataset \(of mine\) of this run came from Python"),
         (
             {"learner": own_learner(0.3), "dataset": own_dataset()},
             r"model was LogRate.*lr=0\.2.* and is LogRate.*lr=0\.3",
@@ -342,7 +342,7 @@ def test_what_cannot_be_given(tmp_path: Path, given: dict[str, Any], message: st
         ({"learner": own_parts.learned_rate(), "dataset": own_dataset()}, "model was LogRate.* and is MetaLearner"),
         ({"learner": own_learner(), "dataset": own_dataset("yours")}, "dataset was of mine and is yours"),
         ({"learner": own_learner(), "dataset": own_dataset(seed=1)}, "was made with other images of the same classes"),
-        ({"model": Conv4, "dataset": own_dataset()}, "the learner of this run, LogRate"),
+        ({"model": Conv4, "dataset": own_dataset()}, r"the learner \(LogRate.*\) of this run came from Python"),
     ],
 )
 def test_a_run_is_bound_to_what_was_given(given: Path, tmp_path: Path, parts: dict[str, Any], message: str) -> None:
@@ -364,7 +364,9 @@ def test_a_run_by_names_takes_nothing_else(images: Path, tmp_path: Path) -> None
     train(config)
     data = replace(own_dataset(), name="folder")
     require_refusal(
-        run, "the dataset of the run was made by its name, folder, and", lambda: train(config, dataset=data, resume=True)
+        run,
+        "the dataset of the run was made by its name, folder, and",
+        lambda: train(config, dataset=data, resume=True),
     )
     message = "model was own_parts:with_dropout and is own_parts:RegisteredTwice"
     require_refusal(run, message, lambda: train(config, model=RegisteredTwice, resume=True))

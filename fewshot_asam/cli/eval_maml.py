@@ -27,7 +27,7 @@ with importing():
     from fewshot_asam.training.checks import require_count, require_seed
     from fewshot_asam.training.config import TrainConfig
     from fewshot_asam.training.evaluation import interval, paired_difference
-    from fewshot_asam.training.given import require_named
+    from fewshot_asam.training.given import require_given
     from fewshot_asam.training.identity import data_digests, identify, require_same_everywhere, shared
     from fewshot_asam.training.run_folder import stored_settings
     from fewshot_asam.training.state import best_learner, evaluated
@@ -63,7 +63,7 @@ OVERRIDES = ("inner", "inner_steps", "inner_lr", "data_root")
 def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, TrainConfig]:
     """The settings a run was trained with, and those to test it with."""
     trained = stored_settings(folder)
-    require_named(trained, "model", "learner", "dataset")
+    require_given(trained)
     changed = {name: getattr(test, name) for name in OVERRIDES if getattr(test, name) is not None}
     return trained, replace(trained, **changed)
 

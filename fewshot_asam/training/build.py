@@ -15,8 +15,8 @@ from fewshot_asam.models import MODELS, Shape, build_model
 from fewshot_asam.models.initialisation import HeadInit
 from fewshot_asam.runtime import distributed
 from fewshot_asam.training import foreign_model
-from fewshot_asam.training.config import TrainConfig
-from fewshot_asam.training.given import Factory, require_named
+from fewshot_asam.training.config import Part, TrainConfig
+from fewshot_asam.training.given import Factory, require_given
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,7 +41,7 @@ def resolve_device(name: str) -> torch.device:
 def load_data(config: TrainConfig, device: torch.device, given: Dataset | None = None) -> Dataset:
     """The run's dataset, resident on `device`; raises `FewShotError` where a split cannot give the run's tasks."""
     if given is None:
-        require_named(config, "dataset")
+        require_given(config, "model", "learner")
         dataset = load_dataset(config.dataset, config.data_root, device=device, **_options(config))
     else:
         dataset = given.to(device)
@@ -74,7 +74,8 @@ def build_learner(config: TrainConfig, image_shape: Shape, factory: Factory | No
     Raises `FewShotError` where the learner or, without a factory, the model was given in Python, and for a model of
     somebody's own that cannot be made or has other logits than one a class.
     """
-    require_named(config, "learner", *(() if factory else ("model",)))
+    others: tuple[Part, ...] = ("dataset",) if factory is None else ("dataset", "model")
+    require_given(config, *others)
     own = factory is None and config.model in MODELS
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         model = _own_model(config, image_shape) if own else foreign_model.make(config, image_shape, factory)

@@ -69,26 +69,19 @@ def recorded(config: TrainConfig, given: Given) -> TrainConfig:
     if given.dataset is not None:
         changes["dataset"] = given.dataset.name
         parts.append("dataset")
-    for part in config.from_python:
-        if getattr(given, part) is None:
-            raise not_named(config, part)
+    require_given(config, *(part for part in config.from_python if getattr(given, part) is not None))
     return replace(config, from_python=tuple(parts), **changes)
 
 
-def require_named(config: TrainConfig, *parts: Part) -> None:
-    """Raises `FewShotError` where one of the parts was given in Python, so that it cannot be made from the settings."""
-    for part in parts:
-        if part in config.from_python:
-            raise not_named(config, part)
-
-
-def not_named(config: TrainConfig, part: Part) -> FewShotError:
-    """The mistake of wanting a part that was given in Python without giving it."""
-    what = config.dataset if part == "dataset" else config.model
-    return FewShotError(
-        f"the {part} of this run, {what}, was given in Python, and no name stands for it; give it again: "
-        f"train(config, {part}=..., resume=True) goes on with the run and tests it"
-    )
+def require_given(config: TrainConfig, *given: Part) -> None:
+    """Raises `FewShotError` where more of a run came from Python than is given."""
+    if missing := [part for part in config.from_python if part not in given]:
+        named = [f"the {part} ({config.dataset if part == 'dataset' else config.model})" for part in missing]
+        again = ", ".join(f"{part}=..." for part in config.from_python)
+        raise FewShotError(
+            f"{' and '.join(named)} of this run came from Python, and no name stands for that; pass the same again: "
+            f"train(config, {again}, resume=True) goes on with the run and tests it"
+        )
 
 
 def require_factory(value: object, what: str) -> None:

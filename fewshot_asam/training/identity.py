@@ -14,8 +14,8 @@ from fewshot_asam.data import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.yaml_settings import filled
-from fewshot_asam.training.config import TrainConfig, located, plain
-from fewshot_asam.training.given import not_named
+from fewshot_asam.training.config import Part, TrainConfig, located, plain
+from fewshot_asam.training.given import require_given
 
 FREE_TO_CHANGE = ("iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every")
 """Settings with which a run may be resumed although they differ."""
@@ -66,9 +66,8 @@ def from_json(text: str | None, origin: str) -> Identity:
 
 def require_same_settings(config: TrainConfig, stored: TrainConfig) -> None:
     """Raises `FewShotError` for a setting that would alter the run that was begun with the `stored` ones."""
-    for part in stored.from_python:
-        if part not in config.from_python and not (part == "model" and ":" in config.model):
-            raise not_named(stored, part)
+    renamed: tuple[Part, ...] = ("model",) if ":" in config.model else ()
+    require_given(stored, *config.from_python, *renamed)
     for part in config.from_python:
         if part not in stored.from_python:
             name = stored.dataset if part == "dataset" else stored.model
