@@ -55,6 +55,16 @@ class Wider(RegisteredTwice):
 Wider.__qualname__ = "RegisteredTwice"
 
 
+class Remembering(RegisteredTwice):
+    """Keeps a state that is no tensor."""
+
+    def get_extra_state(self) -> object:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
 class LogRate(MetaLearner):
     """Learns the logarithm of its inner rate, beside a parameter that nothing depends on."""
 

@@ -121,6 +121,8 @@ def _described(learner: MetaLearner) -> str:
 def layout(learner: MetaLearner) -> str:
     """How many tensors a learner has, and a digest of their names, types and shapes and of which are trained."""
     trained = {name for name, value in learner.named_parameters() if value.requires_grad}
-    state = learner.state_dict().items()
-    tensors = [(name, str(value.dtype), list(value.shape), name in trained) for name, value in state]
+    tensors = [
+        (name, str(getattr(value, "dtype", "")), list(getattr(value, "shape", ())), name in trained)
+        for name, value in learner.state_dict().items()
+    ]
     return f"{len(tensors)} tensors {hashlib.sha256(json.dumps(tensors).encode()).hexdigest()[:12]}"
