@@ -254,8 +254,8 @@ def test_a_folder_that_cannot_be_locked_has_a_file_that_can(run: Path, monkeypat
 
 def test_a_run_of_an_older_version_is_said_in_one_line(run: Path, images: Path) -> None:
     for path in (run / STATES).iterdir():
-        path.write_bytes(path.read_bytes().replace(b"training state 2\n", b"training state 1\n"))
-    require_refusal(run, "is of format 1; this version", lambda: train(settings(images, run), resume=True))
+        path.write_bytes(path.read_bytes().replace(b"training state 3\n", b"training state 2\n"))
+    require_refusal(run, "is of format 2; this version", lambda: train(settings(images, run), resume=True))
 
 
 def work(main: Callable[[list[str]], int], changes: list[list[str]], words: list[str]) -> int:

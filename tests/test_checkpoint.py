@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from fewshot_asam import FewShotError
+from fewshot_asam import MAML, FewShotError, MetaLearner
 from fewshot_asam.models import build_model
 from fewshot_asam.training import checkpoint
 from fewshot_asam.training.checkpoint import (
@@ -45,14 +45,14 @@ EXAMPLES = int(os.environ.get("FEWSHOT_ASAM_FUZZ", "300"))
 """Inputs that each fuzzed loader gets."""
 
 
-def model(ways: int = 3, seed: int = 0, hidden: int = 4) -> torch.nn.Module:
-    return build_model("conv4", ways, SHAPE, hidden, seed=seed)
+def learner(ways: int = 3, seed: int = 0, hidden: int = 4) -> MetaLearner:
+    return MAML(build_model("conv4", ways, SHAPE, hidden, seed=seed), 0.4)
 
 
 def state() -> dict[str, object]:
     """Like a training's: tensors of several types and shapes, numbers, text, lists, dictionaries."""
     generator = torch.Generator().manual_seed(0).get_state()
-    tensors = {**weights(model()), "step": torch.tensor(8.0), "tasks": generator, "unlogged": torch.empty(0, 3)}
+    tensors = {**weights(learner()), "step": torch.tensor(8.0), "tasks": generator, "unlogged": torch.empty(0, 3)}
     return {"progress": {"iteration": 8, "seconds": 0.1}, "made_by": ["ü", None], "tensors": tensors}
 
 
@@ -76,41 +76,54 @@ def test_a_training_state_comes_back_bit_for_bit() -> None:
 
 
 def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
-    saved, other = model(seed=0), model(seed=1)
+    saved, other = learner(seed=0), learner(seed=1)
     save_weights(tmp_path / "w.safetensors", weights(saved), "by ü")
     load_weights(tmp_path / "w.safetensors", other)
     assert read_weights(tmp_path / "w.safetensors")[1] == "by ü"
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), other.parameters(), strict=True))
 
 
+def test_the_model_alone_takes_its_weights_from_those_of_a_learner(tmp_path: Path) -> None:
+    saved = MAML(learner().model, torch.nn.Parameter(torch.tensor(0.3)))
+    save_weights(tmp_path / "w.safetensors", weights(saved))
+    other, model = MAML(learner(seed=1).model, torch.nn.Parameter(torch.tensor(0.1))), learner(seed=2).model
+    load_weights(tmp_path / "w.safetensors", other)
+    load_weights(tmp_path / "w.safetensors", model)
+    assert other.lr.item() == pytest.approx(0.3)
+    for found in (other.model, model):
+        assert all(torch.equal(a, b) for a, b in zip(saved.model.parameters(), found.parameters(), strict=True))
+    with pytest.raises(FewShotError, match=r"w.safetensors holds the weights of another model \(.*lr"):
+        load_weights(tmp_path / "w.safetensors", learner())
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.safetensors", weights(model()))
+    save_weights(tmp_path / "w.safetensors", weights(learner()))
     with pytest.raises(FewShotError, match=r"w.safetensors holds the weights of another model \(.*head.bias"):
-        load_weights(tmp_path / "w.safetensors", model(ways=5))
+        load_weights(tmp_path / "w.safetensors", learner(ways=5))
 
 
 def test_weights_without_a_checksum_are_refused(tmp_path: Path) -> None:
-    save_file(weights(model()), tmp_path / "w.safetensors")
+    save_file(weights(learner()), tmp_path / "w.safetensors")
     with pytest.raises(FewShotError, match="its checksum is missing"):
-        load_weights(tmp_path / "w.safetensors", model())
+        load_weights(tmp_path / "w.safetensors", learner())
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, number: float) -> None:
-    broken, other = weights(model()), model(seed=1)
-    broken["head.weight"][0, 0] = number
+    broken, other = weights(learner()), learner(seed=1)
+    broken["model.head.weight"][0, 0] = number
     save_weights(tmp_path / "w.safetensors", broken)
     before = weights(other)
-    with pytest.raises(FewShotError, match=r"w.safetensors holds numbers in head\.weight that are not finite"):
+    with pytest.raises(FewShotError, match=r"w.safetensors holds numbers in model\.head\.weight that are not finite"):
         load_weights(tmp_path / "w.safetensors", other)
     assert all(torch.equal(value, before[name]) for name, value in weights(other).items())
 
 
 @pytest.mark.parametrize("kind", [torch.complex64, torch.float8_e4m3fn])
 def test_weights_of_another_kind_of_number_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
-    save_file({name: value.to(kind) for name, value in weights(model()).items()}, tmp_path / "w.safetensors")
+    save_file({name: value.to(kind) for name, value in weights(learner()).items()}, tmp_path / "w.safetensors")
     with pytest.raises(FewShotError, match=r"w.safetensors is damaged \(.* is of torch\."):
-        load_weights(tmp_path / "w.safetensors", model())
+        load_weights(tmp_path / "w.safetensors", learner())
 
 
 def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
@@ -122,7 +135,7 @@ def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
     monkeypatch.setattr(checkpoint, "open_regular", refused)  # root, who may run this, is refused nothing
     save_state(tmp_path, 5, state())
     with pytest.raises(FewShotError, match=r"w\.safetensors may not be read \(Permission denied\)"):
-        load_weights(tmp_path / "w.safetensors", model())
+        load_weights(tmp_path / "w.safetensors", learner())
     with pytest.raises(FewShotError, match=r"0005\.ckpt may not be read \(Permission denied\)"):
         read_state(tmp_path)
 
@@ -130,17 +143,17 @@ def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_files_are_open_to_whom_the_umask_says(tmp_path: Path, mask: int, mode: int) -> None:
     with umask(mask):
-        save_weights(tmp_path / "w.safetensors", weights(model()))
+        save_weights(tmp_path / "w.safetensors", weights(learner()))
         save_state(tmp_path, 5, state())
     for path in (tmp_path / "w.safetensors", tmp_path / STATES / "0000000005.ckpt"):
         assert stat.S_IMODE(path.stat().st_mode) == mode
-    assert load_file(tmp_path / "w.safetensors").keys() == weights(model()).keys()
+    assert load_file(tmp_path / "w.safetensors").keys() == weights(learner()).keys()
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.safetensors")
     with pytest.raises(FewShotError, match=r"w\.safetensors is damaged \(it is a named pipe"):
-        load_weights(tmp_path / "w.safetensors", model())
+        load_weights(tmp_path / "w.safetensors", learner())
     (tmp_path / STATES).mkdir()
     os.mkfifo(tmp_path / STATES / "0000000005.ckpt")
     with pytest.raises(FewShotError, match=r"0005\.ckpt cannot be read \(it is a named pipe.*no checkpoint is left"):
@@ -185,7 +198,7 @@ def test_every_flipped_byte_and_every_cut_of_a_training_state_is_seen() -> None:
 
 
 def test_every_flipped_byte_and_every_cut_of_weights_is_seen(tmp_path: Path) -> None:
-    path, trained = tmp_path / "w.safetensors", model(ways=2, hidden=1)
+    path, trained = tmp_path / "w.safetensors", learner(ways=2, hidden=1)
     save_weights(path, weights(trained), '{"classes": "\\u00fc"}')
     data = path.read_bytes()
     for index in range(len(data)):
@@ -307,7 +320,7 @@ def test_where_all_states_are_damaged_nothing_starts_anew(tmp_path: Path) -> Non
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(FewShotError, match=r"w\.safetensors does not exist"):
-        load_weights(tmp_path / "w.safetensors", model())
+        load_weights(tmp_path / "w.safetensors", learner())
 
 
 class Hostile:
@@ -346,7 +359,7 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(FewShotError, match=r"w\.safetensors cannot be written"):
-            save_weights(tmp_path / "w.safetensors", weights(model()))
+            save_weights(tmp_path / "w.safetensors", weights(learner()))
         with pytest.raises(FewShotError, match=r"0003\.ckpt cannot be written"):
             save_state(tmp_path, 3, state())
     finally:
@@ -369,7 +382,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_the_same_weights_are_the_same_file(tmp_path: Path) -> None:
     for number in range(9):
-        save_weights(tmp_path / str(number), weights(model()), "by me")
+        save_weights(tmp_path / str(number), weights(learner()), "by me")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 

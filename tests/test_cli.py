@@ -94,9 +94,9 @@ def test_a_log_file_is_not_filled_with_the_progress_bar(
 ) -> None:
     train_step = TrainState.train_step
 
-    def slow(training: TrainState) -> None:
+    def slow(state: TrainState) -> None:
         time.sleep(0.2)
-        train_step(training)
+        train_step(state)
 
     monkeypatch.setattr(TrainState, "train_step", slow)
     assert train_maml.main([*QUICK, "--data-root", str(images), "--output-dir", str(tmp_path / "run")]) == 0

@@ -17,18 +17,22 @@ import torch
 from torch import Tensor, nn
 
 import faults
+import own_parts
 from fewshot_asam import FewShotError
 from fewshot_asam.cli import eval_maml, train_maml
 from fewshot_asam.cli.parsing import run
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import build_model
+from fewshot_asam.rules.maml import MAMLRule
 from fewshot_asam.runtime import distributed
 from fewshot_asam.training import meta_step
 from fewshot_asam.training.checkpoint import decode, read_state
 from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.evaluation import TASKS_AT_ONCE, evaluate
+from fewshot_asam.training.loop import train as train_python
 from fewshot_asam.training.run_folder import read_metrics
+from own_parts import RegisteredTwice, own_dataset
 from problems import SHAPE, deviation, episodes, made_learner, make_images
 
 TASKS = 5
@@ -352,15 +356,45 @@ def test_a_process_that_dies_ends_the_job(data: list[str], tmp_path: Path, dead:
     ended(job, {143})
 
 
-def test_torchrun(data: list[str], tmp_path: Path) -> None:
-    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "fewshot_asam.cli.train_maml", *faults.RUN]
+def trained_from_elsewhere(folder: Path) -> Tensor:
+    """The weights after a run of a learner that begins with other ones in each process."""
+    torch.manual_seed(distributed.rank())
+    learner = MetaLearner(RegisteredTwice(3, own_parts.SHAPE), 0.2, MAMLRule(), engine="loop")
+    config = TrainConfig(ways=3, queries=2, iterations=2, validate_tasks=2, test_tasks=2, output_dir=folder)
+    train_python(config, learner=learner, dataset=own_dataset())
+    return nn.utils.parameters_to_vector(learner.parameters()).detach()
+
+
+def test_processes_that_begin_with_other_weights_take_those_of_the_first(tmp_path: Path) -> None:
+    first, second = results(tmp_path, 2, trained_from_elsewhere, tmp_path / "run")
+    assert torch.equal(first, second)
+
+
+OWN = """
+from torch import nn
+
+def net(ways, shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 8), nn.ReLU(), nn.Linear(8, ways))
+"""
+
+
+def test_torchrun(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a model of the current folder, by its name; one process takes the same steps."""
+    (tmp_path / "net_by_torchrun.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = [*faults.RUN, *data, "--model", "net_by_torchrun:net", "--output-dir"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "fewshot_asam.cli.train_maml"]
     done = subprocess.run(
-        [sys.executable, *words, *data, "--output-dir", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        [sys.executable, *launch, *words, "run"], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "in each of 2 processes" in done.stdout
+    assert "net_by_torchrun:net of" in done.stdout
     assert done.stdout.count("test accuracy") == 1
+    assert train_maml.main([*words, "alone"]) == 0
+    assert deviation(last_losses(tmp_path / "run"), last_losses(tmp_path / "alone")) < 1e-4  # float32
+    assert eval_maml.main(["run", "--tasks", "4"]) == 0
+    assert "run: test accuracy" in capsys.readouterr().out

@@ -73,13 +73,13 @@ FORGERIES: dict[str, Forgery] = {
     "settings lack one": drop("identity", "settings", "ways"),
     "a setting more": put("identity", "settings", value=lambda old: {**old, "dropout": 0.1}),
     "a digest that is a number": put("identity", "images", value=5),
-    "no weights": drop("tensors", "model/head.weight"),
-    "weights of another shape": put("tensors", "model/head.weight", value=torch.zeros(3, 5)),
-    "weights in float64": put("tensors", "model/head.weight", value=lambda old: old.double()),
-    "weights that are not finite": put("tensors", "model/head.weight", value=lambda old: old * float("nan")),
-    "infinite best weights": put("tensors", "best/head.bias", value=lambda old: old + float("inf")),
-    "no best weights": drop("tensors", "best/head.bias"),
-    "a tensor more": put("tensors", value=lambda old: {**old, "model/more": torch.zeros(1)}),
+    "no weights": drop("tensors", "learner/model.head.weight"),
+    "weights of another shape": put("tensors", "learner/model.head.weight", value=torch.zeros(3, 5)),
+    "weights in float64": put("tensors", "learner/model.head.weight", value=lambda old: old.double()),
+    "weights that are not finite": put("tensors", "learner/model.head.weight", value=lambda old: old * float("nan")),
+    "infinite best weights": put("tensors", "best/model.head.bias", value=lambda old: old + float("inf")),
+    "no best weights": drop("tensors", "best/model.head.bias"),
+    "a tensor more": put("tensors", value=lambda old: {**old, "learner/more": torch.zeros(1)}),
     "no moments": drop("tensors", MOMENT),
     "a moment of another shape": put("tensors", MEAN, value=torch.zeros(1)),
     "squares below zero": put("tensors", MOMENT, value=lambda old: old - 1),
@@ -105,10 +105,10 @@ FORGERIES: dict[str, Forgery] = {
 
 
 def restored(images: Path, dataset: Dataset, folder: Path) -> TrainState:
-    training = build(settings(images, folder), dataset, CPU)
-    training.folder = folder
-    training.restore()
-    return training
+    restored_state = build(settings(images, folder), dataset, CPU)
+    restored_state.folder = folder
+    restored_state.restore()
+    return restored_state
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -129,9 +129,9 @@ def test_a_state_that_is_not_forged_is_restored(images: Path, dataset: Dataset, 
     """And what is restored is stored again as it was."""
     data, path = read_state(run)
     Path(path).write_bytes(encode(decode(data, path)))
-    training = restored(images, dataset, run)
-    assert training.progress.iteration == 4
-    training.save()
+    restored_state = restored(images, dataset, run)
+    assert restored_state.progress.iteration == 4
+    restored_state.save()
     assert faults.differences(decode(*read_state(run)), decode(data, path)) == []
 
 

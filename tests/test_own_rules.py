@@ -78,10 +78,10 @@ def test_a_rule_is_found_by_its_name() -> None:
     ("name", "message"),
     [
         ("sam", "inner is 'sam'; expected one of agnostic_sam, maml, sharp_maml_low, or package.module:Rule"),
-        ("own_rules:Nothing", "inner own_rules:Nothing cannot be imported .*no attribute 'Nothing'"),
-        ("no_such_module:Rule", "cannot be imported .*No module named 'no_such_module'"),
+        ("own_rules:Nothing", "inner is 'own_rules:Nothing', but own_rules has no 'Nothing'"),
+        ("no_such_module:Rule", "there is no module 'no_such_module'"),
         ("own_rules:NOT_A_RULE", "has no init and step"),
-        ("a b:c", "expected a name such as my_package.my_module:MyObject"),
+        ("a b:c", "expected package.module:name"),
     ],
 )
 def test_names_of_no_rule(name: str, message: str) -> None:
@@ -98,7 +98,7 @@ def test_what_is_no_rule() -> None:
 
 
 TINY = "--ways 3 --queries 2 --hidden 8 --iterations 4 --validate-every 2 --validate-tasks 4 --test-tasks 4"
-TINY += " --seed 3 --schedule constant"
+TINY += " --seed 3 --schedule constant --engine loop"
 
 
 def test_its_fields_are_options_and_are_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

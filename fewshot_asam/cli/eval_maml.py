@@ -21,11 +21,13 @@ with importing():
     from fewshot_asam.errors import FewShotError
     from fewshot_asam.runtime import distributed
     from fewshot_asam.runtime.allocator import keep_freed_memory
+    from fewshot_asam.training.announcements import result_text
     from fewshot_asam.training.build import load_data, resolve_device
-    from fewshot_asam.training.config import TrainConfig, require_count, require_seed, with_rule
+    from fewshot_asam.training.checks import require_count, require_seed
+    from fewshot_asam.training.config import TrainConfig, with_rule
     from fewshot_asam.training.evaluation import interval, paired_difference
-    from fewshot_asam.training.identity import data, identify, require_same_everywhere, shared
-    from fewshot_asam.training.loop import result_text
+    from fewshot_asam.training.given import require_given
+    from fewshot_asam.training.identity import data_digests, identify, require_same_everywhere, shared
     from fewshot_asam.training.run_folder import stored_settings
     from fewshot_asam.training.state import WeightsName, evaluated, trained_learner
 
@@ -62,6 +64,7 @@ OVERRIDES = ("inner", "inner_steps", "inner_lr", "data_root")
 def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, TrainConfig]:
     """The settings a run was trained with, and those to test it with."""
     trained = stored_settings(folder)
+    require_given(trained)
     changed = {name: getattr(test, name) for name in OVERRIDES if getattr(test, name) is not None}
     return trained, replace(with_rule(trained, test.inner or trained.inner), **changed)
 
@@ -107,7 +110,7 @@ def command(argv: Sequence[str]) -> None:
     device, first_run = resolve_device(test.device), next(iter(to_test.values()))
     dataset = distributed.one_a_machine_first(lambda: load_data(first_run, device))
     identity = identify(first_run, dataset)
-    require_same_everywhere(data(identity))
+    require_same_everywhere(data_digests(identity))
     learners = {
         folder: trained_learner(Path(folder), tested, dataset, identity.of(trained), test.weights)
         for folder, (trained, tested) in settings.items()

@@ -41,14 +41,14 @@ def types(parser: Parser) -> dict[str, Any]:
 def add_settings(parser: Parser, settings: type) -> None:
     """One option for each field of a dataclass: `inner_lr` becomes `--inner-lr`, its docstring the help.
 
-    What a parser has already, and collections, are passed over.
+    What a parser has already is passed over, and a field whose metadata say `flag: False` is none.
     """
     known = types(parser)
     hints = get_type_hints(settings)
     documented = docstring_parser.parse_from_object(settings).params
     helps = {param.arg_name: (param.description or "").replace("\n", " ").replace("%", "%%") for param in documented}
     for field in fields(settings):
-        if field.name in known or field.default_factory is not MISSING:
+        if field.name in known or not field.metadata.get("flag", True):
             continue
         if field.default is MISSING:
             raise TypeError(f"{settings.__name__}.{field.name} needs a default")

@@ -8,7 +8,7 @@ train_maml --resume --output-dir RUN --iterations 2000
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from fewshot_asam.cli.surroundings import importing
@@ -19,9 +19,12 @@ with importing():
     from fewshot_asam.rules import rule_class
     from fewshot_asam.runtime import distributed
     from fewshot_asam.runtime.allocator import keep_freed_memory
-    from fewshot_asam.training.config import TrainConfig, located, with_rule
+    from fewshot_asam.training.config import TrainConfig, is_flag, located, with_rule
     from fewshot_asam.training.loop import train
     from fewshot_asam.training.run_folder import stored_settings
+
+
+FLAGS = [field.name for field in fields(TrainConfig) if is_flag(field)]
 
 
 def _parser(defaults: TrainConfig, rule: Any) -> Parser:
@@ -29,7 +32,7 @@ def _parser(defaults: TrainConfig, rule: Any) -> Parser:
     parser = Parser(prog="train_maml", description="Meta-train a few-shot learner, test it, write a run folder.")
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
-    usual = {name: value for name, value in asdict(defaults).items() if name != "inner_settings"}
+    usual = {name: value for name, value in asdict(defaults).items() if name in FLAGS}
     if rule is not None:
         add_settings(parser, rule)
         usual |= {one.name: one.default for one in fields(rule)} | defaults.inner_settings
@@ -45,9 +48,9 @@ def _settings(argv: Sequence[str], defaults: TrainConfig) -> tuple[TrainConfig, 
         defaults = with_rule(defaults, inner)
     given = parse(_parser(defaults, rule), argv)
     own = [one.name for one in fields(rule)] if rule else []
-    values = {one.name: given[one.name] for one in fields(TrainConfig) if one.name not in (*own, "inner_settings")}
-    values["inner_settings"] = {name: given[name] for name in own}
-    return located(TrainConfig(**values)), bool(given.resume)
+    values = {name: given[name] for name in FLAGS if name not in own}
+    settings = {name: given[name] for name in own}
+    return located(replace(defaults, **values, inner_settings=settings)), bool(given.resume)
 
 
 def _given(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
@@ -63,7 +66,7 @@ def command(argv: Sequence[str]) -> None:
     """Parses the arguments and trains."""
     config, resume = distributed.all_succeed(lambda: _given(argv))
     keep_freed_memory()
-    train(config, resume)
+    train(config, resume=resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,6 @@ which is how an inductive prediction is made without knowledge of the other quer
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import nn
 
@@ -30,11 +28,11 @@ from fewshot_asam.models.resnet12 import ResidualBlock, ResNet12
 from fewshot_asam.models.shape import Shape
 
 __all__ = [
+    "MODELS",
     "OURS",
     "Adapt",
     "Conv4",
     "ConvBlock",
-    "ModelName",
     "ResNet12",
     "ResidualBlock",
     "Shape",
@@ -51,13 +49,14 @@ __all__ = [
     "var_mean",
 ]
 
-OURS = (Conv4, ResNet12)
+MODELS = {"conv4": Conv4, "resnet12": ResNet12}
+"""The models of this package, by name."""
+OURS = tuple(MODELS.values())
 """Models whose derivatives the tests compare with finite differences, so that nobody else needs to."""
-ModelName = Literal["conv4", "resnet12"]
 
 
 def build_model(
-    name: ModelName,
+    name: str,
     ways: int,
     image_shape: Shape,
     hidden: int,
@@ -65,12 +64,11 @@ def build_model(
     init: Init = "pytorch",
     head_init: HeadInit = "default",
 ) -> nn.Module:
-    """A `Conv4` or `ResNet12` whose initial weights depend on `seed` alone."""
-    kinds = {"conv4": Conv4, "resnet12": ResNet12}
-    require_one_of("model", name, tuple(kinds))
+    """One of `MODELS`, whose initial weights depend on `seed` alone."""
+    require_one_of("model", name, tuple(MODELS))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kinds[name](ways, image_shape, hidden, init, head_init)
+        return MODELS[name](ways, image_shape, hidden, init, head_init)
 
 
 def fuses(model: nn.Module) -> bool:

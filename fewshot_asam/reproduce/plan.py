@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, get_args
 
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime.yaml_settings import nearest, read_yaml, require_known
-from fewshot_asam.training.config import TrainConfig, changed, from_plain, plain, require_count, require_seed
+from fewshot_asam.training.checks import require_count, require_seed
+from fewshot_asam.training.config import TrainConfig, changed, from_plain, plain
 from fewshot_asam.training.state import WeightsName
 
 PLAN_KEYS = ("seeds", "defaults", "tests", "rules", "sections")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.rules.perturbations import Params
-from fewshot_asam.runtime.importing import imported
+from fewshot_asam.runtime.imports import imported
 from fewshot_asam.runtime.yaml_settings import nearest
 
 Gradient = Callable[[Params], Params]

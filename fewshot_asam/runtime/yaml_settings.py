@@ -132,7 +132,9 @@ def _fitted(value: Any, kind: Any) -> Any:
         choices = get_args(kind)
         return choices[choices.index(_fitted(value, type(choices[0])))]
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(_fitted(*pair) for pair in zip(value, get_args(kind), strict=True))
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return tuple(_fitted(*pair) for pair in zip(value, kinds, strict=True))
     if kind is Path and os.fspath(value):
         return expanded(Path(value))
     abstract = {int: Integral, float: Real}.get(kind, get_origin(kind) or kind)
@@ -222,5 +224,5 @@ def _described(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_described, parts))
     if get_origin(kind) is tuple:
-        return f"a list of {len(parts)}, each {_described(parts[0])}"
+        return f"a list{'' if Ellipsis in parts else f' of {len(parts)}'}, each {_described(parts[0])}"
     return _TYPES.get(get_origin(kind) or kind, str(kind))

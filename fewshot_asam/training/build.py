@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from fewshot_asam.data import Dataset, load_dataset
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
-from fewshot_asam.models import build_model
+from fewshot_asam.models import MODELS, Shape, build_model
+from fewshot_asam.models.initialisation import HeadInit
 from fewshot_asam.runtime import distributed
-from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training import foreign_model
+from fewshot_asam.training.config import Part, TrainConfig
+from fewshot_asam.training.given import Factory, require_given
 
 
 def resolve_device(name: str) -> torch.device:
@@ -34,43 +38,65 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", own)
 
 
-def load_data(config: TrainConfig, device: torch.device) -> Dataset:
+def load_data(config: TrainConfig, device: torch.device, given: Dataset | None = None) -> Dataset:
     """The run's dataset, resident on `device`; raises `FewShotError` where a split cannot give the run's tasks."""
-    options: dict[str, Any] = {}
-    if config.dataset == "folder":
-        options = {"image_size": config.image_size, "split_csv": config.split_csv, "seed": config.split_seed}
-        options |= {"fractions": config.split_fractions, "channels": config.channels}
-    dataset = load_dataset(config.dataset, config.data_root, device=device, **options)
+    if given is None:
+        require_given(config, "model", "learner")
+        dataset = load_dataset(config.dataset, config.data_root, device=device, **_options(config))
+    else:
+        dataset = given.to(device)
     for split, images in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test)):
         try:
             EpisodeSampler(images, config.ways, config.shots, config.queries)
         except FewShotError as error:
             raise FewShotError(f"{config.dataset}, {split}: {error}") from error
+        if images.shape != dataset.train.shape:
+            raise FewShotError(
+                f"{config.dataset}, {split}: images are {images.shape}, but {dataset.train.shape} in training; "
+                "expected one shape (C, H, W)"
+            )
     return dataset
 
 
-def build_learner(config: TrainConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
-    """The run's untrained meta-learner, on the CPU, whatever PyTorch's default device."""
-    with torch.device("cpu"):
-        model = build_model(
-            config.model,
-            config.ways,
-            image_shape,
-            config.hidden,
-            config.seed,
-            config.init,
-            "default" if config.head_init == "default" else "zeros",
+def _options(config: TrainConfig) -> dict[str, Any]:
+    if config.dataset != "folder":
+        return {}
+    names = {"image_size": "image_size", "split_csv": "split_csv", "channels": "channels"}
+    names |= {"seed": "split_seed", "fractions": "split_fractions"}
+    return {option: getattr(config, setting) for option, setting in names.items()}
+
+
+def build_learner(config: TrainConfig, image_shape: Shape, factory: Factory | None = None) -> MetaLearner:
+    """The run's untrained meta-learner, on the CPU, whatever PyTorch's default device.
+
+    - `factory`: makes the model, if not the one that the settings name.
+
+    Raises `FewShotError` where the learner or, without a factory, the model was given in Python, and for a model of
+    somebody's own that cannot be made or has other logits than one a class.
+    """
+    others: tuple[Part, ...] = ("dataset",) if factory is None else ("dataset", "model")
+    require_given(config, *others)
+    own = factory is None and config.model in MODELS
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        model = _own_model(config, image_shape) if own else foreign_model.make(config, image_shape, factory)
+        learner = MetaLearner(
+            model,
+            config.inner_lr,
+            config.rule,
+            adapt=config.adapt,
+            validation=config.validation,
+            norm=config.norm,
+            zero_head=own and config.head_init == "zeros_every_task",
+            first_order=config.first_order,
+            engine=config.engine,
+            torch_compile=config.torch_compile,
+            recompute=config.recompute,
         )
-    return MetaLearner(
-        model,
-        config.inner_lr,
-        config.rule,
-        adapt=config.adapt,
-        validation=config.validation,
-        norm=config.norm,
-        zero_head=config.head_init == "zeros_every_task",
-        first_order=config.first_order,
-        engine=config.engine,
-        torch_compile=config.torch_compile,
-        recompute=config.recompute,
-    )
+        if not own:
+            foreign_model.begin(learner, config, image_shape)
+    return learner
+
+
+def _own_model(config: TrainConfig, image_shape: Shape) -> nn.Module:
+    head_init: HeadInit = "default" if config.head_init == "default" else "zeros"
+    return build_model(config.model, config.ways, image_shape, config.hidden, config.seed, config.init, head_init)

@@ -20,17 +20,20 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.learners import MetaLearner
 from fewshot_asam.runtime.files import open_regular
 
 Weights = dict[str, Tensor]
 
 SIGNATURE = b"fewshot_asam training state "
-FORMAT = 2
+FORMAT = 3
 """Of training states; a file begins with `SIGNATURE`, this number, a newline and the SHA-256 of the rest."""
 STATES = "checkpoints"
 """The folder of a run that holds its training states."""
 HEADER = "fewshot_asam"
 """The one name under which safetensors say something: several would be written in any order."""
+MODEL = "model."
+"""What the names of a model's tensors begin with in the weights of a learner."""
 KEPT = 2
 """Training states kept of a run, so that one is left where the newest is damaged."""
 NUMBERS = (
@@ -77,9 +80,23 @@ def tidy(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def weights(model: nn.Module) -> Weights:
-    """A copy of the model's state, on the CPU."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
+def weights(module: nn.Module) -> Weights:
+    """A copy of a learner's or a model's state, on the CPU."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.state_dict().items()}
+
+
+def require_storable(learner: MetaLearner) -> None:
+    """Raises `FewShotError` where the learner's state is none that weights files hold."""
+    state = learner.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype not in NUMBERS:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise FewShotError(f"{name} in the learner's state_dict is a {kind}; expected tensors of plain numbers")
+    if bad := not_finite(state):
+        raise FewShotError(
+            f"{bad} begins with numbers that are not finite, which would be taken for those of a run that went wrong; "
+            "register a buffer that is to hold such with persistent=False"
+        )
 
 
 def save_weights(path: Path, state: Weights, made_by: str = "") -> None:
@@ -88,12 +105,15 @@ def save_weights(path: Path, state: Weights, made_by: str = "") -> None:
     write_atomically(path, lambda scratch: scratch.write_bytes(save(state, {HEADER: header})))
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Puts weights that `save_weights` wrote into a model of the same layers.
+def load_weights(path: Path | str, module: nn.Module) -> None:
+    """Puts the weights of a run into a learner like the run's, or into its model alone.
 
     Raises `FewShotError` naming the file where `read_weights` does and where it is of another model.
     """
-    put_weights(read_weights(path)[0], model, str(path))
+    state = read_weights(Path(path))[0]
+    if not isinstance(module, MetaLearner):
+        state = {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
+    put_weights(state, module, str(path))
 
 
 def read_weights(path: Path) -> tuple[Weights, str]:
@@ -118,10 +138,10 @@ def read_weights(path: Path) -> tuple[Weights, str]:
     return state, made_by
 
 
-def put_weights(state: Weights, model: nn.Module, name: str) -> None:
-    """Puts weights into a model; raises `FewShotError` naming their file where it has other layers."""
+def put_weights(state: Weights, module: nn.Module, name: str) -> None:
+    """Puts weights into a learner or a model; raises `FewShotError` naming their file where it has other layers."""
     try:
-        model.load_state_dict(state)
+        module.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise FewShotError(f"{name} holds the weights of another model ({first})") from error

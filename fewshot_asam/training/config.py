@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fewshot_asam.data import DATASETS
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.models import Adapt, ModelName
 from fewshot_asam.models.initialisation import Init
 from fewshot_asam.rules import Rule, rule_class
 from fewshot_asam.rules.validation_sets import Validation
 from fewshot_asam.runtime.yaml_settings import conforming, explained, read_yaml, require_known, require_plain
+from fewshot_asam.training import checks
 from fewshot_asam.verification.settings import Norm
 
-if TYPE_CHECKING:
-    DatasetName = str
-else:
-    DatasetName = Literal[DATASETS]
+Part = Literal["model", "learner", "dataset"]
+"""What a run is made of and can be given in Python."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class TrainConfig:
     queries: int = 15
     """query images of each class, Q"""
 
-    dataset: DatasetName = "glyphs"
-    """where the images come from; glyphs needs no download"""
+    dataset: str = "glyphs"
+    """where the images come from: glyphs (needs no download), omniglot, mini_imagenet or folder"""
     data_root: Path | None = None
     """folder that holds the dataset's files; without it they are downloaded where that is possible"""
     image_size: int = 84
@@ -58,12 +56,13 @@ class TrainConfig:
     channels: Literal[1, 3] = 3
     """of the images of dataset folder: 1 for grey, 3 for colour"""
 
-    model: ModelName = "conv4"
-    """network"""
+    model: str = "conv4"
+    """network: conv4, resnet12, or package.module:factory, a function of ways and image shape that returns one"""
     hidden: int = 32
-    """filters of the network's first block"""
+    """filters of the first block of conv4 and resnet12"""
     init: Init = "pytorch"
-    """initial weights: PyTorch's own (pytorch), Glorot's uniform ones (xavier), or a truncated normal of 0.02"""
+    """initial weights of conv4 and resnet12: PyTorch's own (pytorch), Glorot's uniform ones (xavier), or a truncated
+    normal of 0.02"""
     head_init: Literal["default", "zeros", "zeros_every_task"] = "zeros_every_task"
     """the head starts like the other layers, from zeros, or anew from zeros in every task, tests included"""
     norm: Norm = "transductive"
@@ -93,8 +92,9 @@ class TrainConfig:
     """momentum of the validation gradient over the inner steps of a task"""
     adaptive: bool = False
     """ASAM: scale each parameter's perturbation by its magnitude (its radius is about ten times SAM's)"""
-    adapt: Adapt = "all"
-    """parameters that the inner loop changes: all (MAML), head (ANIL), body (BOIL), no_norm"""
+    adapt: tuple[str, ...] | str = "all"
+    """parameters that the inner loop changes: all (MAML), head (ANIL), body (BOIL), no_norm, or patterns of names such
+    as head.*"""
     first_order: bool = False
     """first-order meta-gradients (FOMAML)"""
 
@@ -138,8 +138,10 @@ class TrainConfig:
     """of convolutions and matrix products: float32, tf32 (GPU), bfloat16 (autocast)"""
     output_dir: Path | None = None
     """run folder; if not given, a new one under runs/"""
-    inner_settings: dict[str, Any] = field(default_factory=dict)
+    inner_settings: dict[str, Any] = field(default_factory=dict, metadata={"flag": False})
     """settings of a rule of your own, by name"""
+    from_python: tuple[Part, ...] = field(default=(), metadata={"flag": False})
+    """what was given to `train` in Python, so that no name stands for it; `train` fills this in"""
 
     def __post_init__(self) -> None:
         kinds = _kinds()
@@ -148,35 +150,37 @@ class TrainConfig:
             if value is None and one.default is not None:
                 raise FewShotError(f"{one.name} is null; expected a value such as {one.default}")
             object.__setattr__(self, one.name, conforming(one.name, value, kinds[one.name]))
+        if "dataset" not in self.from_python:
+            checks.require_dataset(self.dataset)
+        if "learner" not in self.from_python:
+            checks.require_model(self.model, self.init)
+        object.__setattr__(self, "adapt", checks.adapt_patterns(self.adapt))
         for name in COUNTS:
-            require_count(name, getattr(self, name))
+            checks.require_count(name, getattr(self, name))
         for name in ("image_size", "hidden", "inner_steps", "meta_batch_size"):
-            if getattr(self, name) > LARGEST_SIZE:
-                raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {LARGEST_SIZE:,}")
+            if getattr(self, name) > checks.LARGEST_SIZE:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {checks.LARGEST_SIZE:,}")
         for name in ("validate_tasks", "test_tasks"):
-            require_count(name, getattr(self, name), 2)
-        require_count("congruence_tasks", self.congruence_tasks, 0)
+            checks.require_count(name, getattr(self, name), 2)
+        checks.require_count("congruence_tasks", self.congruence_tasks, 0)
         if self.ways < 2:
             raise FewShotError(f"ways is {self.ways}; expected at least 2")
         for name in ("inner_lr", "meta_lr", "clip_grad", "max_minutes"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < LARGEST_RATE:
-                raise FewShotError(f"{name} is {value}; expected a number above 0 and below {LARGEST_RATE:g}")
+            if value is not None and not 0 < value < checks.LARGEST_RATE:
+                raise FewShotError(f"{name} is {value}; expected a number above 0 and below {checks.LARGEST_RATE:g}")
         for name in ("rho", "rho1", "rho2"):
-            if (getattr(self, name) or 0) >= LARGEST_RATE:
-                raise FewShotError(f"{name} is {getattr(self, name)}; expected a radius below {LARGEST_RATE:g}")
+            if (getattr(self, name) or 0) >= checks.LARGEST_RATE:
+                raise FewShotError(f"{name} is {getattr(self, name)}; expected a radius below {checks.LARGEST_RATE:g}")
         for name in ("data_root", "split_csv", "output_dir"):
-            if UNWRITABLE.search(str(getattr(self, name))):
-                raise FewShotError(
-                    f"{name} is {str(getattr(self, name))!r}; expected a path that can be written as text"
-                )
+            checks.require_writable(name, str(getattr(self, name)))
         for name in FOLDER_ONLY:
             if self.dataset != "folder" and getattr(self, name) != getattr(TrainConfig, name):
                 raise FewShotError(f"{name} is given, but dataset is {self.dataset!r}; it is of dataset folder alone")
         if self.validation == "split" and self.shots < 2:
             raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
         for name in ("seed", "split_seed"):
-            require_seed(name, getattr(self, name))
+            checks.require_seed(name, getattr(self, name))
         self.rule  # noqa: B018  its own checks
 
     @property
@@ -196,20 +200,23 @@ class TrainConfig:
 
     @property
     def rule_text(self) -> str:
-        """The rule with its radius, and every setting and start that is not as usual."""
+        """The rule with its radius, and every setting and start that is not as usual; a learner that was given."""
+        if "learner" in self.from_python:
+            return self.model
         usual, rule = TrainConfig(), self.rule
         radius = f" of rho {rule.rho:g}" if hasattr(rule, "rho") else ""
         said = {one.name: getattr(rule, one.name) for one in fields(rule) if one.name != "rho"}  # type: ignore[arg-type]
         said = {name: value for name, value in said.items() if value != getattr(usual, name, None)}
         names = ["first_order", "validation", "adapt", "init", "head_init"]
         said |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
-        return ", ".join([self.inner + radius, *(f"{name} {value}" for name, value in said.items())])
+        words = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in said.items()}
+        return ", ".join([self.inner + radius, *(f"{name} {value}" for name, value in words.items())])
 
     @property
     def title(self) -> str:
         """The run in a few words, fit for a file name."""
-        inner = self.inner.rpartition(":")[2]
-        return f"{self.dataset}-{self.ways}w{self.shots}s-{inner}-seed{self.seed}"
+        rule = self.model.partition("(")[0] if "learner" in self.from_python else self.inner.rpartition(":")[2]
+        return re.sub(r"[^\w.-]+", "-", f"{self.dataset}-{self.ways}w{self.shots}s-{rule}-seed{self.seed}")
 
 
 def with_rule(config: TrainConfig, inner: str) -> TrainConfig:
@@ -229,28 +236,19 @@ COUNTS = (
 """Settings that count something, of which there must be one at least."""
 
 
+OF_THE_LEARNER = (
+    *("inner", "inner_lr", "rho", "rho1", "rho2", "val_grad_point", "val_norm", "through_perturbation", "beta"),
+    *("adaptive", "first_order", "adapt", "validation", "norm", "hidden", "init", "head_init"),
+    *("engine", "torch_compile", "recompute"),
+)
+"""Settings that a learner which was given in Python has itself: no file of such a run holds them."""
 FOLDER_ONLY = ("image_size", "split_csv", "split_seed", "split_fractions", "channels")
 """Settings that no other dataset heeds."""
-LARGEST_COUNT = 10**9
-LARGEST_SIZE = 10_000
-"""Pixels of a side, filters of a layer, inner steps or tasks of a meta-batch: more fit no memory."""
-LARGEST_RATE = 1e30
-"""What fits a single-precision number with room to spare."""
-UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters, and bytes of a path that are no UTF-8."""
 
 
-def require_count(name: str, value: int, least: int = 1) -> None:
-    """Raises `FewShotError` where there are fewer than `least`, or more than anyone waits for."""
-    if not least <= value <= LARGEST_COUNT:
-        why = ", for an interval" if least == 2 else ""
-        raise FewShotError(f"{name} is {value}; expected at least {least}{why} and at most {LARGEST_COUNT:,}")
-
-
-def require_seed(name: str, value: int) -> None:
-    """Raises `FewShotError` where PyTorch's generators take no such seed."""
-    if not 0 <= value < 2**63:
-        raise FewShotError(f"{name} is {value}; expected at least 0 and below 2**63")
+def is_flag(setting: dataclasses.Field[Any]) -> bool:
+    """Whether a setting can be given on a command line."""
+    return bool(setting.metadata.get("flag", True))
 
 
 def located(config: TrainConfig) -> TrainConfig:
@@ -271,9 +269,16 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The settings as numbers, strings and lists; those of somebody's rule are left out where it is none of theirs."""
-    found = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    return {key: value for key, value in found.items() if value or key != "inner_settings"}
+    """The settings as numbers, strings and lists: those that the run has, see `OF_THE_LEARNER`."""
+    left_out = _left_out(config.from_python) | (set() if config.inner_settings else {"inner_settings"})
+    values = {key: value for key, value in asdict(config).items() if key not in left_out}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def _left_out(from_python: object) -> set[str]:
+    """The settings that a run has not of which so much was given in Python."""
+    given = from_python if isinstance(from_python, list | tuple) else ()
+    return {*(OF_THE_LEARNER if "learner" in given else ()), *(() if given else ("from_python",))}
 
 
 def from_yaml(path: Path) -> TrainConfig:
@@ -281,7 +286,8 @@ def from_yaml(path: Path) -> TrainConfig:
     read = read_yaml(path)
     names = [one.name for one in fields(TrainConfig)]
     require_known(read, names, f"{path} is of another version")
-    if missing := [name for name in names if name not in read and name != "inner_settings"]:
+    left_out = _left_out(read.get("from_python")) | {"inner_settings"}
+    if missing := [name for name in names if name not in read and name not in left_out]:
         raise FewShotError(f"{path} lacks {', '.join(missing)}; it was cut short or is of another version")
     return from_plain(read, str(path))
 

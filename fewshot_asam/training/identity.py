@@ -14,7 +14,8 @@ from fewshot_asam.data import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.yaml_settings import filled
-from fewshot_asam.training.config import TrainConfig, located, plain
+from fewshot_asam.training.config import Part, TrainConfig, located, plain
+from fewshot_asam.training.given import require_given
 
 FREE_TO_CHANGE = ("iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every")
 """Settings with which a run may be resumed although they differ."""
@@ -65,8 +66,17 @@ def from_json(text: str | None, origin: str) -> Identity:
 
 def require_same_settings(config: TrainConfig, stored: TrainConfig) -> None:
     """Raises `FewShotError` for a setting that would alter the run that was begun with the `stored` ones."""
-    before = _bound(stored)
-    for name, new in _bound(config).items():
+    renamed: tuple[Part, ...] = ("model",) if ":" in config.model else ()
+    require_given(stored, *config.from_python, *renamed)
+    for part in config.from_python:
+        if part not in stored.from_python:
+            name = stored.dataset if part == "dataset" else stored.model
+            raise FewShotError(
+                f"the {part} of the run was made by its name, {name}, and is given in Python now, which would alter "
+                "the resumed run; name it in the settings instead, or start a new run"
+            )
+    before, now = _bound(stored), _bound(config)
+    for name, new in now.items():
         if new != (old := before[name]):
             raise FewShotError(
                 f"{name} was {old} and is {new}, which would alter the resumed run; leave it as it was, or start a "
@@ -105,7 +115,7 @@ def require_same_everywhere(what: Mapping[str, object]) -> None:
     distributed.all_succeed(compare)
 
 
-def data(identity: Identity) -> dict[str, object]:
+def data_digests(identity: Identity) -> dict[str, object]:
     """What all processes of a job must have found."""
     return {"the digest of the class names": identity.classes, "the digest of the images": identity.images}
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewshot_asam.engine import Batch
 from fewshot_asam.engine.cuda_graph import CudaGraphed, CudaGraphs
@@ -18,9 +18,14 @@ Iteration = Callable[[Batch], Tensor]
 """One meta-iteration; returns `[3]` on the device: mean query loss, mean accuracy, norm of the meta-gradient."""
 
 
+def trained(learner: MetaLearner) -> list[nn.Parameter]:
+    """The meta-parameters: all that the learner has, its model's and others, but frozen ones."""
+    return [parameter for parameter in learner.parameters() if parameter.requires_grad]
+
+
 def optimizer(learner: MetaLearner, config: TrainConfig) -> torch.optim.Adam:
     """Adam, with its learning rate on the device where iterations may be recorded there."""
-    parameters = list(learner.parameters())
+    parameters = trained(learner)
     if parameters[0].device.type != "cuda":
         return torch.optim.Adam(parameters, lr=config.meta_lr)
     return torch.optim.Adam(parameters, lr=torch.tensor(config.meta_lr, device=parameters[0].device), capturable=True)
@@ -44,7 +49,7 @@ def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainCo
     Several processes of one job are given the same meta-batch: each computes the gradient of its share, and one flat
     tensor is summed over them, so all take the same step. What is summed is not recorded.
     """
-    parameters = list(learner.parameters())
+    parameters = trained(learner)
 
     def gradient(batch: Batch) -> Tensor:
         """The meta-gradient, the loss and the accuracy of some tasks, `[parameters + 2]`."""
@@ -56,7 +61,7 @@ def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainCo
     def step(flat: Tensor) -> Tensor:
         *gradients, loss, accuracy = torch.split(flat, [*(p.numel() for p in parameters), 1, 1])
         for parameter, value in zip(parameters, gradients, strict=True):
-            parameter.grad = value.view_as(parameter)
+            parameter.grad = value.view_as(parameter).to(parameter.dtype)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
         adam.step()
         return torch.cat([loss, accuracy, norm[None]])

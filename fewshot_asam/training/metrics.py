@@ -20,7 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime.files import open_regular
 from fewshot_asam.training.checkpoint import write_text
-from fewshot_asam.training.config import LARGEST_COUNT, LARGEST_RATE
+from fewshot_asam.training.checks import LARGEST_COUNT, LARGEST_RATE
 
 Row = dict[str, Any]
 

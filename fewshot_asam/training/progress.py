@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from fewshot_asam.engine import EngineName
-from fewshot_asam.training.config import LARGEST_COUNT, LARGEST_RATE
+from fewshot_asam.training.checks import LARGEST_COUNT, LARGEST_RATE
 
 
 @dataclass

@@ -18,7 +18,8 @@ from fewshot_asam.runtime.files import open_regular
 from fewshot_asam.runtime.locks import LOCK, locked
 from fewshot_asam.runtime.yaml_settings import conforming
 from fewshot_asam.training.checkpoint import is_scratch, tidy, write_atomically, write_text
-from fewshot_asam.training.config import LARGEST_COUNT, TrainConfig, from_yaml, to_yaml
+from fewshot_asam.training.checks import LARGEST_COUNT
+from fewshot_asam.training.config import TrainConfig, from_yaml, to_yaml
 from fewshot_asam.training.evaluation import Interval
 from fewshot_asam.training.identity import require_same_settings
 from fewshot_asam.training.metrics import Row, read_metrics

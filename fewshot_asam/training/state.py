@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,27 +26,27 @@ from fewshot_asam.training.build import build_learner
 from fewshot_asam.training.checkpoint import (
     Weights,
     decode,
-    not_finite,
     put_weights,
     read_state,
     read_weights,
+    require_storable,
     save_state,
     save_weights,
     weights,
 )
 from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.evaluation import evaluate
+from fewshot_asam.training.foreign_model import require_logits
+from fewshot_asam.training.given import Given
 from fewshot_asam.training.identity import Identity, from_json, identify, require_same
-from fewshot_asam.training.metrics import MEASURED
 from fewshot_asam.training.progress import Progress
+from fewshot_asam.training.stored_tensors import Holders
 from fewshot_asam.version import __version__
 
 EVALUATION_SEED = 0
 """Of the validation and test tasks: the same for every run, whatever its own seed."""
 WeightsName = Literal["best", "last"]
 """Weights of a run folder: those that were best on the validation tasks, or those after the last iteration."""
-MOST_STEPS = 2**24
-"""The optimiser counts its steps in single precision, which ends here."""
 
 
 class Diverged(FewShotError):
@@ -81,13 +82,27 @@ class TrainState:
         self.schedule = meta_step.schedule(self.optimizer, self.config, self.progress.iteration, lambda: self.spent)
 
     @property
+    def holders(self) -> Holders:
+        """What its tensors are in."""
+        return Holders(self.learner, self.optimizer, self.train_tasks)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are done, or all minutes spent."""
+        return self.progress.iteration >= self.config.iterations or self.spent >= 1
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.learner.parameters()).device
 
     def train_step(self) -> None:
-        """One meta-batch and its step, waiting for nothing. If another process is lost meanwhile, it has not begun."""
+        """One meta-batch and its step, waiting for nothing. If another process is lost meanwhile, it has not begun.
+
+        What a model draws itself, as dropout does, depends on the seed, the iteration and the number of the process.
+        """
         before = self.train_tasks.state_dict()
+        torch.manual_seed(_seed_of(self.config.seed, self.progress.iteration, distributed.rank()))
         try:
             episodes = self.train_tasks.sample(self.config.meta_batch_size)
             self.unread.append(self.iterate(self.learner.batch(episodes, self.train_tasks.augmentation)))
@@ -106,13 +121,11 @@ class TrainState:
         bad = (~numbers.isfinite()).any(1).nonzero()
         if len(bad) == 0:
             return numbers
-        first, config = int(bad[0]), self.config
-        loss, _, norm = numbers[first].tolist()
+        loss, _, norm = numbers[int(bad[0])].tolist()
         raise Diverged(
             f"the query loss is {loss:g} and the meta-gradient's norm {norm:g} at iteration "
-            f"{self.progress.iteration - len(numbers) + first + 1}; the likely cause is an inner_lr "
-            f"({config.inner_lr:g}), rho ({config.rho:g}) or meta_lr ({config.meta_lr:g}) that is too large: lower it "
-            f"or set clip_grad. {self.last_saved()}"
+            f"{self.progress.iteration - len(numbers) + int(bad[0]) + 1}; the likely cause is {_rates(self.config)} "
+            f"that is too large: lower it or set clip_grad. {self.last_saved()}"
         )
 
     def save(self) -> None:
@@ -120,11 +133,11 @@ class TrainState:
         self.read()
         if distributed.is_first():
             save_state(self.folder, self.progress.iteration, self._state())
-            self._save_weights("last", weights(self.learner.model))
+            self._save_weights("last", weights(self.learner))
 
     def keep_best(self) -> None:
         """Remembers the present weights as the best ones."""
-        self.best = weights(self.learner.model)
+        self.best = weights(self.learner)
         if distributed.is_first():
             self._save_weights("best", self.best)
 
@@ -137,7 +150,7 @@ class TrainState:
     def rewrite(self) -> None:
         """Writes the weights of the restored checkpoint anew, as files may be of a life of the run that was lost."""
         if distributed.is_first() and self.progress.iteration:
-            self._save_weights("last", weights(self.learner.model))
+            self._save_weights("last", weights(self.learner))
             if self.best:
                 self._save_weights("best", self.best)
 
@@ -163,19 +176,11 @@ class TrainState:
 
     def _state(self) -> dict[str, Any]:
         """Everything that the next iteration and the lines of metrics depend on."""
-        moments = self.optimizer.state_dict()["state"]
-        tensors = {
-            **_prefixed("model", self.learner.model.state_dict()),
-            **_prefixed("best", self.best),
-            **_prefixed("tasks", self.train_tasks.state_dict()),
-            **{name: value for i in moments for name, value in _prefixed(f"optimizer/{i}", moments[i]).items()},
-            "unlogged": self.unlogged,
-        }
         return {
             "package_version": __version__,
             "identity": asdict(self.identity),
             "progress": vars(self.progress),
-            "tensors": {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()},
+            "tensors": self.holders.tensors(self.best, self.unlogged),
         }
 
     def _load(self, state: dict[str, Any], name: str) -> None:
@@ -192,13 +197,10 @@ class TrainState:
         try:
             if int(Path(name).stem) != progress.iteration:
                 raise ValueError(f"it is of iteration {progress.iteration}")
-            if problem := progress.problem() or self._unlike(tensors, progress):
+            if problem := progress.problem() or self.holders.problem(tensors, progress):
                 raise ValueError(problem)
-            self.progress, self.unlogged, self.best = progress, tensors["unlogged"], _below("best", tensors)
-            self.learner.model.load_state_dict(_below("model", tensors))
-            self.train_tasks.load_state_dict(_below("tasks", tensors))
-            moments = {i: _below(f"optimizer/{i}", tensors) for i in self._parameters(progress)}
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            self.best, self.unlogged = self.holders.put_back(tensors, progress)
+            self.progress = progress
             self.spent = progress.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
             self._schedule()
         except (ValueError, RuntimeError) as error:
@@ -207,50 +209,29 @@ class TrainState:
                 f"({' '.join(str(error).split())})"
             ) from error
 
-    def _unlike(self, tensors: Weights, progress: Progress) -> str:
-        """What is wrong with the tensors of a state with this progress; empty where nothing is."""
-        rows = (*tensors.get("unlogged", self.unlogged).shape, 0)[0]
-        model, moments = weights(self.learner.model), self._parameters(progress)
-        expected = {"unlogged": self.unlogged.new_empty(min(rows, progress.iteration), 3)}
-        expected |= _prefixed("model", model) | _prefixed("best", model if progress.best_iteration else {})
-        expected |= _prefixed("tasks", self.train_tasks.state_dict())
-        for index, parameter in moments.items():
-            state = {"step": parameter.new_empty(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-            expected |= _prefixed(f"optimizer/{index}", state)
-        for name in expected.keys() ^ tensors.keys():
-            return f"{name} is {'missing' if name in expected else 'unknown'}"
-        for name, like in expected.items():
-            if (found := tensors[name]).shape != like.shape or found.dtype != like.dtype:
-                return f"{name} is {found.dtype} {list(found.shape)}, not {like.dtype} {list(like.shape)}"
-        if bad := not_finite(tensors):
-            return f"{bad} has numbers that are not finite"
-        unlogged, most = tensors["unlogged"], MEASURED["train_accuracy"][1]
-        if bool((unlogged < 0).any() or (unlogged[:, 1] > most).any()):
-            return "unlogged has a loss, an accuracy or a norm that cannot be"
-        for index in moments:
-            if tensors[f"optimizer/{index}/step"].item() != min(progress.iteration, MOST_STEPS):
-                return f"optimizer/{index}/step is not the iteration"
-            if bool((tensors[f"optimizer/{index}/exp_avg_sq"] < 0).any()):
-                return f"optimizer/{index}/exp_avg_sq has squares below 0"
-        return ""
 
-    def _parameters(self, progress: Progress) -> dict[int, Tensor]:
-        """The parameters, by number, of which the optimiser has a state then."""
-        return dict(enumerate(p.detach() for p in self.learner.parameters())) if progress.iteration else {}
+def _seed_of(*numbers: int) -> int:
+    """A seed for the global random numbers, of which near ones have nothing in common."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Weights:
-    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+def _rates(config: TrainConfig) -> str:
+    """The settings that make a run diverge, in words."""
+    if "learner" in config.from_python:
+        return f"an inner learning rate or a meta_lr ({config.meta_lr:g})"
+    return f"an inner_lr ({config.inner_lr:g}), rho ({config.rho:g}) or meta_lr ({config.meta_lr:g})"
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Weights:
-    start = f"{prefix}/"
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+def build(config: TrainConfig, dataset: Dataset, device: torch.device, given: Given | None = None) -> TrainState:
+    """A training that has done nothing yet, of what was given in Python and else of what the settings name.
 
-
-def build(config: TrainConfig, dataset: Dataset, device: torch.device) -> TrainState:
-    """A training that has done nothing yet. Raises `FewShotError` where there are more processes than tasks."""
-    learner = build_learner(config, dataset.train.shape).to(device)
+    Raises `FewShotError` where there are more processes than tasks and where the learner's state cannot be stored.
+    """
+    given = given or Given()
+    if given.learner is not None:
+        require_logits(given.learner, config, dataset.train.shape)
+    learner = (given.learner or build_learner(config, dataset.train.shape, given.model)).to(device)
+    require_storable(learner)
     train_tasks = EpisodeSampler(dataset.train, config.ways, config.shots, config.queries, seed=config.seed)
     if config.meta_batch_size < distributed.size():
         raise FewShotError(
@@ -280,7 +261,7 @@ def trained_learner(
     stored = from_json(text, str(file))
     require_same(made_by, stored, str(file))
     learner = build_learner(config, dataset.train.shape)
-    put_weights(trained, learner.model, str(file))
+    put_weights(trained, learner, str(file))
     if stored.images != made_by.images:
         warnings.warn(f"{file} was made with other images of the same classes than it is tested on", stacklevel=2)
     return learner.to(dataset.test.images.device)
