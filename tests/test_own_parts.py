@@ -156,7 +156,7 @@ def test_a_learner_has_the_best_weights_in_the_end_and_its_own_engine(tmp_path: 
     summary = train(of_own_data(tmp_path, tmp_path / "run"), learner=learner, dataset=data)
     assert learner.engine == "vmap"
     assert learner.log_rate.item() != before
-    assert (summary["inner"], summary["rho"], summary["norm"]) == ("Rule", 0.05, "transductive")
+    assert (summary["inner"], summary["rho"], summary["norm"]) == ("sharp_maml_low", 0.05, "transductive")
     other = own_learner(rate=0.9)
     load_weights(tmp_path / "run" / "best.safetensors", other)
     for found in (learner, other):

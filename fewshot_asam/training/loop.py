@@ -15,6 +15,7 @@ from fewshot_asam.analysis.congruence import congruence
 from fewshot_asam.data import Dataset
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.learners import MetaLearner
+from fewshot_asam.rules import rule_name
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.distributed import PeerLost
 from fewshot_asam.runtime.signals import Stop, Stopped
@@ -252,4 +253,4 @@ def _tested(state: TrainState, stop: Stop) -> Interval:
 
 def _of_the_learner(learner: MetaLearner) -> dict[str, Any]:
     """What a summary says in any case, of a learner that was given in Python."""
-    return {"inner": type(learner.rule).__name__, "rho": getattr(learner.rule, "rho", None), "norm": learner.norm}
+    return {"inner": rule_name(learner.rule), "rho": getattr(learner.rule, "rho", None), "norm": learner.norm}
