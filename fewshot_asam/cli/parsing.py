@@ -7,13 +7,15 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from fewshot_asam.cli.surroundings import end_process, lasting_streams, lost
 from fewshot_asam.errors import FewShotError
@@ -21,13 +23,44 @@ from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.distributed import PeerLost
 from fewshot_asam.runtime.signals import Stopped
 from fewshot_asam.runtime.yaml_settings import expanded, explained, nearest, read_yaml, require_known, require_plain
+from fewshot_asam.version import __version__
 
 LONGEST = 2000
 """Characters of an error; what is longer loses its middle."""
 
 
+METAVARS = ((int, "N"), (float, "X"), (Path, "PATH"), (str, "TEXT"))
+"""How the help names a value of a type that is no choice."""
+
+
+class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help with a usage of one line, the description as it is written, and defaults but no Python types."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"max_help_position": 34, **options})  # type: ignore[no-untyped-call]
+
+    def _format_usage(self, usage: str | None, actions: Iterable[Action], *rest: Any, **options: Any) -> str:
+        positional = [action for action in actions if not action.option_strings]
+        return super()._format_usage(usage, positional, *rest, **options).rstrip() + " [options]\n\n"
+
+    def _get_help_string(self, action: Action) -> str:
+        text = (action.help or "").strip()
+        if action.default is None or action.default is SUPPRESS or action.nargs == 0 or not action.option_strings:
+            return text
+        return f"{text} (default: {_text(action.default)})".lstrip()
+
+
 class Parser(ArgumentParser):
-    """A parser whose mistakes are `FewShotError`s."""
+    """A parser whose mistakes are `FewShotError`s.
+
+    **Arguments:**
+
+    - `prog`: the command's name.
+    - `description`: its module's docstring: what it does in one line, and examples.
+    """
+
+    def __init__(self, *, prog: str, description: str | None) -> None:
+        super().__init__(prog=prog, description=description, version=__version__, formatter_class=Help)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise FewShotError(f"{explained(message, types(self))}{_meant(message, self)} (--help lists the options)")
@@ -38,20 +71,54 @@ def types(parser: Parser) -> dict[str, Any]:
     return {action.dest: hint for action in parser._actions if (hint := getattr(action, "_typehint", None)) is not None}
 
 
-def add_settings(parser: Parser, settings: type) -> None:
-    """One option for each field of a dataclass: `inner_lr` becomes `--inner-lr`, its docstring the help."""
+def add_settings(parser: Parser, settings: type, headings: Mapping[str, str] | None = None) -> None:
+    """One option for each field of a dataclass: `inner_lr` becomes `--inner-lr`, its docstring the help.
+
+    **Arguments:**
+
+    - `headings`: the titles of the help's groups, each by the first field of its group; a group ends where the next
+      begins. Fields before the first heading are among the parser's own options.
+
+    Raises `FewShotError` for a field that has no default, or whose option there is already.
+    """
     hints = get_type_hints(settings)
     documented = docstring_parser.parse_from_object(settings).params
-    helps = {param.arg_name: (param.description or "").replace("\n", " ").replace("%", "%%") for param in documented}
+    helps = {param.arg_name: (param.description or "").replace("\n", " ") for param in documented}
+    group: Any = parser
     for field in fields(settings):
+        option = f"--{field.name.replace('_', '-')}"
         if field.default is MISSING:
-            raise TypeError(f"{settings.__name__}.{field.name} needs a default")
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=hints[field.name],
-            default=field.default,
-            help=helps.get(field.name),
-        )
+            raise FewShotError(f"{settings.__name__}.{field.name} has no default; expected one for {option}")
+        if option in parser._option_string_actions:
+            raise FewShotError(
+                f"{settings.__name__}.{field.name}: there is an option {option} already; rename the field"
+            )
+        if title := (headings or {}).get(field.name):
+            group = parser.add_argument_group(title)
+        hint = hints[field.name]
+        shown = _metavar(hint)
+        action = group.add_argument(option, type=hint, default=field.default, help=helps.get(field.name), **shown)
+        if choices := _choices(hint):
+            action.completer = partial(_complete, choices)
+
+
+def _metavar(hint: Any) -> dict[str, str]:
+    """What stands for a value of this type in the help; nothing where jsonargparse's own is as good."""
+    if choices := _choices(hint):
+        return {"metavar": f"{{{','.join(choices)}}}"}
+    names = [name for part in get_args(hint) or (hint,) for kind, name in METAVARS if part is kind][:1]
+    return {"metavar": names[0]} if names else {}
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words that a setting of this type may be, where it is one of some."""
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return [str(value) for literal in literals for value in get_args(literal)]
+
+
+def _complete(choices: list[str], **_: object) -> list[str]:
+    """What argcomplete proposes to a shell."""
+    return choices
 
 
 def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None, several: bool = True) -> int:
@@ -150,7 +217,7 @@ def _flags(parser: Parser, file: Path) -> list[str]:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
 
 
 def _require_values(words: Sequence[str]) -> None:

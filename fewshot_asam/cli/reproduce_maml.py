@@ -1,7 +1,8 @@
-"""`reproduce_maml`: run plans of experiments, write a ledger of them, render it as a page.
+"""Run plans of experiments into a ledger, or render the ledger as a page.
 
-reproduce_maml experiments/small.yaml --data-root DATA
-reproduce_maml experiments/small.yaml experiments/paper.yaml --render
+examples:
+  reproduce_maml experiments/small.yaml --data-root DATA       # what two CPU cores can answer
+  reproduce_maml experiments/small.yaml --render     # the page, from results/ledger.jsonl
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class QueueConfig:
 
 def command(argv: Sequence[str]) -> None:
     """Parses the arguments, then runs what the ledger lacks or, with `--render`, writes the page."""
-    parser = Parser(prog="reproduce_maml", description="Run plans of experiments, or render what was found.")
-    parser.add_argument("plans", nargs="+", help="YAML files, run in this order")
+    parser = Parser(prog="reproduce_maml", description=__doc__)
+    parser.add_argument("plans", nargs="+", metavar="PLAN", help="YAML files, run in this order")
     parser.add_argument("--render", action="store_true", help="run nothing; write README.md from the ledger")
     add_settings(parser, QueueConfig)
     given: Any = parse(parser, argv)

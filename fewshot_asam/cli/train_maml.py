@@ -1,8 +1,9 @@
-"""`train_maml`: meta-train and test.
+"""Meta-train a few-shot learner, test it and write a run folder.
 
-train_maml --inner agnostic_sam --ways 5 --shots 1
-train_maml --config configs/omniglot_20w1s.yaml --inner maml --data-root DATA
-train_maml --resume --output-dir RUN --iterations 2000
+examples:
+  train_maml --inner agnostic_sam --ways 5 --shots 1     # the embedded dataset: nothing to download
+  train_maml --config configs/omniglot_20w1s.yaml --inner maml --data-root DATA --output-dir RUN
+  train_maml --resume --output-dir RUN --iterations 2000     # go on after a stop, or train longer
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ with importing():
 
 
 def _parser(defaults: TrainConfig) -> Parser:
-    parser = Parser(prog="train_maml", description="Meta-train a few-shot learner, test it, write a run folder.")
+    parser = Parser(prog="train_maml", description=__doc__)
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
-    add_settings(parser, TrainConfig)
+    add_settings(parser, TrainConfig, configs.GROUPS)
     parser.set_defaults(asdict(defaults))
     return parser
 
