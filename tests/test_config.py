@@ -153,7 +153,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         ("--rho1 1e-3", ("rho1", 1e-3)),
         ("--rho1 null", ("rho1", None)),
         ("--first-order yes", ("first_order", True)),
-        ("--torch_compile=true", ("torch_compile", True)),
+        ("--torch-compile=true", ("torch_compile", True)),
         ("--iterations 1_000", ("iterations", 1000)),
         ("--output-dir [a]", ("output_dir", Path("[a]"))),
         ("--output-dir a&b*c:d", ("output_dir", Path("a&b*c:d"))),
