@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -136,6 +136,23 @@ def test_any_dataclass_becomes_options_of_a_group_of_its_own(capsys: pytest.Capt
         "--start X",
         "--mode {true,false} which of 2 % ways (default: true)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--detph", "4"], "; did you mean --depth?"),
+        (["fast"], "; did you mean --mode fast?"),
+        (["quick"], ""),
+    ],
+)
+def test_what_was_meant_is_said(words: list[str], meant: str) -> None:
+    parser = Parser(prog="own", description=None)
+    parser.add_argument("--mode", type=Literal["fast", "slow"], default="slow")
+    parser.add_argument("--depth", type=int, default=1)
+    with pytest.raises(FewShotError) as error:
+        parse(parser, words)
+    assert str(error.value) == f"unrecognized arguments: {' '.join(words)}{meant} (--help lists the options)"
 
 
 def test_settings_that_cannot_be_options_are_refused() -> None:

@@ -244,7 +244,15 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _meant(message: str, parser: Parser) -> str:
-    """The option that may have been meant by the first one in `message` that there is not."""
+    """What may have been meant by the first option in `message` that there is not, or by a value without its option."""
     known = list(parser._option_string_actions)
     options = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
-    return nearest(options[0], known) if options and options[0] not in known else ""
+    if options:
+        return nearest(options[0], known) if options[0] not in known else ""
+    given = message.partition("unrecognized arguments: ")[2].split()[:1]
+    meant = [
+        f"--{name.replace('_', '-')} {given[0]}"
+        for name, hint in types(parser).items()
+        if given and given[0] in _choices(hint)
+    ]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,8 +55,9 @@ def importing() -> Iterator[None]:
 
 def _is_asked(words: Sequence[str]) -> bool:
     """Whether a command is to say what it can do: to a person, or to a shell that completes a line."""
-    alone = len(words) == 1 and words[0] in QUESTIONS
-    return (alone or "_ARGCOMPLETE" in os.environ) and "WORLD_SIZE" not in os.environ
+    question = len(words) == 1 and words[0] in QUESTIONS
+    completed = {"_ARGCOMPLETE", "COMP_LINE"} <= os.environ.keys() and find_spec("argcomplete") is not None
+    return (question or completed) and "WORLD_SIZE" not in os.environ
 
 
 def _refuse(message: str) -> NoReturn:
