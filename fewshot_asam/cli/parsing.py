@@ -47,7 +47,10 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         text = (action.help or "").strip()
         if action.default is None or action.default is SUPPRESS or action.nargs == 0 or not action.option_strings:
             return text
-        return f"{text} (default: {_text(action.default)})".lstrip()
+        default = f"(default: {_text(action.default)})"
+        return (
+            text if text.endswith(default) else f"{text} {default}".lstrip()
+        )  # jsonargparse asks twice without a text
 
 
 class Parser(ArgumentParser):
@@ -79,6 +82,8 @@ def add_settings(parser: Parser, settings: type, headings: Mapping[str, str] | N
     - `headings`: the titles of the help's groups, each by the first field of its group; a group ends where the next
       begins. Fields before the first heading are among the parser's own options.
 
+    A field whose metadata say `flag: False` is no option.
+
     Raises `FewShotError` for a field that has no default, or whose option there is already.
     """
     hints = get_type_hints(settings)
@@ -86,6 +91,10 @@ def add_settings(parser: Parser, settings: type, headings: Mapping[str, str] | N
     helps = {param.arg_name: (param.description or "").replace("\n", " ") for param in documented}
     group: Any = parser
     for field in fields(settings):
+        if title := (headings or {}).get(field.name):
+            group = parser.add_argument_group(title)
+        if not field.metadata.get("flag", True):
+            continue
         option = f"--{field.name.replace('_', '-')}"
         if field.default is MISSING:
             raise FewShotError(f"{settings.__name__}.{field.name} has no default; expected one for {option}")
@@ -93,8 +102,6 @@ def add_settings(parser: Parser, settings: type, headings: Mapping[str, str] | N
             raise FewShotError(
                 f"{settings.__name__}.{field.name}: there is an option {option} already; rename the field"
             )
-        if title := (headings or {}).get(field.name):
-            group = parser.add_argument_group(title)
         hint = hints[field.name]
         shown = _metavar(hint)
         action = group.add_argument(option, type=hint, default=field.default, help=helps.get(field.name), **shown)
@@ -105,7 +112,7 @@ def add_settings(parser: Parser, settings: type, headings: Mapping[str, str] | N
 def _metavar(hint: Any) -> dict[str, str]:
     """What stands for a value of this type in the help; nothing where jsonargparse's own is as good."""
     if choices := _choices(hint):
-        return {"metavar": f"{{{','.join(choices)}}}"}
+        return {"metavar": f"{{{','.join(choices)}}}" + (" or TEXT" if str in get_args(hint) else "")}
     names = [name for part in get_args(hint) or (hint,) for kind, name in METAVARS if part is kind][:1]
     return {"metavar": names[0]} if names else {}
 
