@@ -1,12 +1,16 @@
 # make demo   install into .venv and train on the embedded dataset
 # make test   install into .venv with everything for development, then `make check`
 # make check  exactly what CI runs, in an environment that is set up already
+# make quick  lint, types and a fast part of the tests that enters every room
 
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+# runtime, rules, models, data, episodes, engine, verification, learners, analysis, training, reproduce, cli
+QUICK := architecture files perturbations rules validation_sets models folder load_dataset episodes interop \
+	learners evaluation congruence config ledger help readme
 
-.PHONY: demo test check lint types package tests clean
+.PHONY: demo test check quick lint types package tests clean
 
 demo: .venv/installed
 	$(BIN)/train_maml --inner agnostic_sam --ways 5 --shots 1
@@ -15,6 +19,9 @@ test: .venv/developing
 	$(MAKE) check
 
 check: lint types package tests
+
+quick: lint types
+	$(BIN)/pytest -q -n $(WORKERS) $(QUICK:%=tests/test_%.py)
 
 lint:
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
-"""`eval_maml`: test runs of `train_maml`, several of them on the same tasks.
+"""Test runs of train_maml, several of them on the same tasks.
 
-eval_maml RUN
-eval_maml RUN1 RUN2 --tasks 6000 --inner-steps 3
+examples:
+  eval_maml RUN --tasks 6000                 # accuracy with its 95 % interval
+  eval_maml RUN1 RUN2 RUN3                   # the same tasks for all, and each paired difference
+  eval_maml RUN --inner maml --inner-steps 3     # adapt in another way than in training
 """
 
 from __future__ import annotations
@@ -91,8 +93,8 @@ def _line(accuracies: Tensor, weights: WeightsName, trained: TrainConfig, tested
 
 def command(argv: Sequence[str]) -> None:
     """Parses the arguments, tests the runs one after another and prints a line for each and for each pair."""
-    parser = Parser(prog="eval_maml", description="Test runs of train_maml; several are tested on the same tasks.")
-    parser.add_argument("runs", nargs="+", help="run folders")
+    parser = Parser(prog="eval_maml", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     add_settings(parser, EvalConfig)
     given: Any = parse(parser, argv)
     test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})

@@ -7,13 +7,15 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from fewshot_asam.cli.surroundings import end_process, lasting_streams, lost
 from fewshot_asam.errors import FewShotError
@@ -21,13 +23,47 @@ from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.distributed import PeerLost
 from fewshot_asam.runtime.signals import Stopped
 from fewshot_asam.runtime.yaml_settings import expanded, explained, nearest, read_yaml, require_known, require_plain
+from fewshot_asam.version import __version__
 
 LONGEST = 2000
 """Characters of an error; what is longer loses its middle."""
 
 
+METAVARS = ((int, "N"), (float, "X"), (Path, "PATH"), (str, "TEXT"))
+"""How the help names a value of a type that is no choice."""
+
+
+class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help with a usage of one line, the description as it is written, and defaults but no Python types."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"max_help_position": 34, **options})  # type: ignore[no-untyped-call]
+
+    def _format_usage(self, usage: str | None, actions: Iterable[Action], *rest: Any, **options: Any) -> str:
+        positional = [action for action in actions if not action.option_strings]
+        return super()._format_usage(usage, positional, *rest, **options).rstrip() + " [options]\n\n"
+
+    def _get_help_string(self, action: Action) -> str:
+        text = (action.help or "").strip()
+        if action.default is None or action.default is SUPPRESS or action.nargs == 0 or not action.option_strings:
+            return text
+        default = f"(default: {_text(action.default)})"
+        return (
+            text if text.endswith(default) else f"{text} {default}".lstrip()
+        )  # jsonargparse asks twice without a text
+
+
 class Parser(ArgumentParser):
-    """A parser whose mistakes are `FewShotError`s."""
+    """A parser whose mistakes are `FewShotError`s.
+
+    **Arguments:**
+
+    - `prog`: the command's name.
+    - `description`: its module's docstring: what it does in one line, and examples.
+    """
+
+    def __init__(self, *, prog: str, description: str | None) -> None:
+        super().__init__(prog=prog, description=description, version=__version__, formatter_class=Help)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise FewShotError(f"{explained(message, types(self))}{_meant(message, self)} (--help lists the options)")
@@ -38,26 +74,61 @@ def types(parser: Parser) -> dict[str, Any]:
     return {action.dest: hint for action in parser._actions if (hint := getattr(action, "_typehint", None)) is not None}
 
 
-def add_settings(parser: Parser, settings: type) -> None:
+def add_settings(
+    parser: Parser, settings: type, headings: Mapping[str, str] | None = None, without: Collection[str] = ()
+) -> None:
     """One option for each field of a dataclass: `inner_lr` becomes `--inner-lr`, its docstring the help.
 
-    What a parser has already is passed over, and a field whose metadata say `flag: False` is none.
+    **Arguments:**
+
+    - `headings`: the titles of the help's groups, each by the first field of its group; a group ends where the next
+      begins. Fields before the first heading are among the parser's own options.
+    - `without`: fields that are no options.
+
+    A field whose metadata say `flag: False` is no option either.
+
+    Raises `FewShotError` for a field that has no default, or whose option there is already.
     """
-    known = types(parser)
     hints = get_type_hints(settings)
     documented = docstring_parser.parse_from_object(settings).params
-    helps = {param.arg_name: (param.description or "").replace("\n", " ").replace("%", "%%") for param in documented}
+    helps = {param.arg_name: (param.description or "").replace("\n", " ") for param in documented}
+    group: Any = parser
     for field in fields(settings):
-        if field.name in known or not field.metadata.get("flag", True):
+        if title := (headings or {}).get(field.name):
+            group = parser.add_argument_group(title)
+        if field.name in without or not field.metadata.get("flag", True):
             continue
+        option = f"--{field.name.replace('_', '-')}"
         if field.default is MISSING:
-            raise TypeError(f"{settings.__name__}.{field.name} needs a default")
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=hints[field.name],
-            default=field.default,
-            help=helps.get(field.name),
-        )
+            raise FewShotError(f"{settings.__name__}.{field.name} has no default; expected one for {option}")
+        if option in parser._option_string_actions:
+            raise FewShotError(
+                f"{settings.__name__}.{field.name}: there is an option {option} already; rename the field"
+            )
+        hint = hints[field.name]
+        shown = _metavar(hint)
+        action = group.add_argument(option, type=hint, default=field.default, help=helps.get(field.name), **shown)
+        if choices := _choices(hint):
+            action.completer = partial(_complete, choices)
+
+
+def _metavar(hint: Any) -> dict[str, str]:
+    """What stands for a value of this type in the help; nothing where jsonargparse's own is as good."""
+    if choices := _choices(hint):
+        return {"metavar": f"{{{','.join(choices)}}}" + (" or TEXT" if str in get_args(hint) else "")}
+    names = [name for part in get_args(hint) or (hint,) for kind, name in METAVARS if part is kind][:1]
+    return {"metavar": names[0]} if names else {}
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words that a setting of this type may be, where it is one of some."""
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return [str(value) for literal in literals for value in get_args(literal)]
+
+
+def _complete(choices: list[str], **_: object) -> list[str]:
+    """What argcomplete proposes to a shell."""
+    return choices
 
 
 def run(command: Callable[[Sequence[str]], object], argv: Sequence[str] | None, several: bool = True) -> int:
@@ -169,7 +240,7 @@ def _flags(parser: Parser, file: Path) -> list[str]:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
 
 
 def _require_values(words: Sequence[str]) -> None:
@@ -196,7 +267,15 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _meant(message: str, parser: Parser) -> str:
-    """The option that may have been meant by the first one in `message` that there is not."""
+    """What may have been meant by the first option in `message` that there is not, or by a value without its option."""
     known = list(parser._option_string_actions)
     options = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
-    return nearest(options[0], known) if options and options[0] not in known else ""
+    if options:
+        return nearest(options[0], known) if options[0] not in known else ""
+    given = message.partition("unrecognized arguments: ")[2].split()[:1]
+    meant = [
+        f"--{name.replace('_', '-')} {given[0]}"
+        for name, hint in types(parser).items()
+        if given and given[0] in _choices(hint)
+    ]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""

@@ -1,8 +1,9 @@
-"""`reproduce_maml`: run plans of experiments, write a ledger of them, render it as pages.
+"""Run plans of experiments into a ledger, or render the ledger as pages.
 
-reproduce_maml experiments/omniglot.yaml --data-root DATA
-reproduce_maml experiments/paper.yaml --data-root DATA --max-minutes 9
-reproduce_maml experiments/*.yaml --render
+examples:
+  reproduce_maml experiments/omniglot.yaml --data-root DATA                     # what two CPU cores can answer
+  reproduce_maml experiments/paper.yaml --data-root DATA --max-minutes 9        # in pieces of nine minutes
+  reproduce_maml experiments/*.yaml --render                                    # the pages, from results/ledger.jsonl
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class QueueConfig:
 
 def command(argv: Sequence[str]) -> None:
     """Parses the arguments, then runs what the ledger lacks or, with `--render`, writes the pages."""
-    parser = Parser(prog="reproduce_maml", description="Run plans of experiments, or render what was found.")
-    parser.add_argument("plans", nargs="+", help="YAML files, run in this order")
+    parser = Parser(prog="reproduce_maml", description=__doc__)
+    parser.add_argument("plans", nargs="+", metavar="PLAN", help="YAML files, run in this order")
     parser.add_argument(
         "--render",
         action="store_true",

@@ -9,18 +9,28 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
-COMMANDS = ("train_maml", "eval_maml", "reproduce_maml")
+from fewshot_asam.cli import stand_ins
+
+COMMANDS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*_maml.py")))
+"""Each is a module of this room with a function `main`."""
+QUESTIONS = ("-h", "--help", "--version")
+"""What a command answers without computing anything."""
 PLAIN = {"±": "+-", "–": "-", "−": "-", "×": "x", "…": "..."}
 """How the characters of results look where only ASCII can be written."""
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Within, a command imports what it needs: Ctrl-C or a failure ends it in one line. Others are left alone."""
+    """Within, a command imports what it needs: Ctrl-C or a failure ends it in one line. Others are left alone.
+
+    A command that is only asked what it can do imports stand-ins for the large libraries.
+    """
     name = os.path.basename(sys.argv[0]).removesuffix(".py")
     main_thread = threading.current_thread() is threading.main_thread()
     if name not in COMMANDS:
@@ -29,6 +39,8 @@ def importing() -> Iterator[None]:
     heeded = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heeded:
         signal.signal(signal.SIGINT, _leave)
+    if _is_asked(sys.argv[1:]):
+        stand_ins.install()
     try:
         os.getcwd()  # without which PyTorch does not find its own libraries
         yield
@@ -39,6 +51,13 @@ def importing() -> Iterator[None]:
     finally:
         if heeded:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_asked(words: Sequence[str]) -> bool:
+    """Whether a command is to say what it can do: to a person, or to a shell that completes a line."""
+    question = len(words) == 1 and words[0] in QUESTIONS
+    completed = {"_ARGCOMPLETE", "COMP_LINE"} <= os.environ.keys() and find_spec("argcomplete") is not None
+    return (question or completed) and "WORLD_SIZE" not in os.environ
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,8 +1,9 @@
-"""`train_maml`: meta-train and test.
+"""Meta-train a few-shot learner, test it and write a run folder.
 
-train_maml --inner agnostic_sam --ways 5 --shots 1
-train_maml --config configs/omniglot_20w1s.yaml --inner maml --data-root DATA
-train_maml --resume --output-dir RUN --iterations 2000
+examples:
+  train_maml --inner agnostic_sam --ways 5 --shots 1     # the embedded dataset: nothing to download
+  train_maml --config configs/omniglot_20w1s.yaml --inner maml --data-root DATA --output-dir RUN
+  train_maml --resume --output-dir RUN --iterations 2000     # go on after a stop, or train longer
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ with importing():
     from fewshot_asam.rules import rule_class
     from fewshot_asam.runtime import distributed
     from fewshot_asam.runtime.allocator import keep_freed_memory
-    from fewshot_asam.training.config import TrainConfig, is_flag, located, with_rule
+    from fewshot_asam.training.config import GROUPS, TrainConfig, is_flag, located, with_rule
     from fewshot_asam.training.loop import train
     from fewshot_asam.training.run_folder import stored_settings
 
@@ -28,15 +29,16 @@ FLAGS = [field.name for field in fields(TrainConfig) if is_flag(field)]
 
 
 def _parser(defaults: TrainConfig, rule: Any) -> Parser:
-    """The settings of a run and, where the rule is somebody's, those of its fields that are not among them."""
-    parser = Parser(prog="train_maml", description="Meta-train a few-shot learner, test it, write a run folder.")
+    """The settings of a run and, where the rule is somebody's, its fields in place of those of the same names."""
+    parser = Parser(prog="train_maml", description=__doc__)
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
-    usual = {name: value for name, value in asdict(defaults).items() if name in FLAGS}
-    if rule is not None:
-        add_settings(parser, rule)
+    own = [one.name for one in fields(rule)] if rule else []
+    add_settings(parser, TrainConfig, GROUPS, without=own)
+    usual = {name: value for name, value in asdict(defaults).items() if name in FLAGS and name not in own}
+    if own:
+        add_settings(parser, rule, {own[0]: f"{rule.__name__}'s settings"})
         usual |= {one.name: one.default for one in fields(rule)} | defaults.inner_settings
-    add_settings(parser, TrainConfig)
     parser.set_defaults(usual)
     return parser
 

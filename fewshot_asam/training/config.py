@@ -229,6 +229,15 @@ def _kinds() -> dict[str, Any]:
     return get_type_hints(TrainConfig)
 
 
+GROUPS = {
+    "inner": "task",
+    "dataset": "data",
+    "model": "network",
+    "inner_lr": "inner loop",
+    "iterations": "training",
+    "seed": "machine and run folder",
+}
+"""The titles of the settings' groups in the help, each by the first setting of its group."""
 COUNTS = (
     *("ways", "shots", "queries", "image_size", "hidden", "inner_steps"),
     *("iterations", "meta_batch_size", "validate_every", "checkpoint_every"),
