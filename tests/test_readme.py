@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,17 +20,29 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 BLOCKS = [
     (name, *block) for name, text in TEXTS.items() for block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
 ]
-PYTHON = [
-    pytest.param(code, id=f"{name}-{number}") for number, (name, kind, code) in enumerate(BLOCKS) if kind == "python"
-]
+PYTHON = {name: [code for page, kind, code in BLOCKS if (page, kind) == (name, "python")] for name in TEXTS}
 LINES = [line for _, kind, code in BLOCKS if kind in ("", "bash") for line in code.replace("\\\n", " ").splitlines()]
 COMMANDS = [line for line in LINES if re.match(r"(\w+_maml|python -m fewshot_asam|torchrun|srun torchrun)\b", line)]
 
 
-@pytest.mark.parametrize("code", PYTHON)
-def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def write_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks that begin with a file's name, as those files, to be imported from there."""
+    for code in itertools.chain.from_iterable(PYTHON.values()):
+        if named := re.match(r"# (\w+)\.py\n", code):
+            (folder / f"{named[1]}.py").write_text(code, encoding="utf-8")
+            monkeypatch.delitem(sys.modules, named[1], raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.parametrize("name", [name for name, blocks in PYTHON.items() if blocks])
+def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a page one after another."""
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    write_modules(tmp_path, monkeypatch)
+    names: dict[str, object] = {"__name__": "page"}
+    for code in PYTHON[name]:
+        if not re.match(r"# \w+\.py\n", code):
+            exec(code, names)
 
 
 def words_of(command: str) -> list[str]:
@@ -40,7 +54,8 @@ def words_of(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_lines_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_lines_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_modules(tmp_path, monkeypatch)
     monkeypatch.chdir(ROOT)
     name, *words = words_of(command) or ["nothing"]
     if words in (["--help"], ["--version"], []):
@@ -58,7 +73,7 @@ def test_command_lines_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_there_are_blocks_and_command_lines() -> None:
-    assert len(PYTHON) >= 3
+    assert sum(map(len, PYTHON.values())) >= 8
     assert {words_of(line)[0] for line in COMMANDS if words_of(line)} == {"train_maml", "eval_maml", "reproduce_maml"}
     assert len(COMMANDS) >= 20
 
