@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from conftest import make_images
 from fewshot_asam import Dataset, MetaLearner
 from fewshot_asam.engine import InnerLoop
+from fewshot_asam.rates import LearnedRates
 from fewshot_asam.rules import Rule
 from fewshot_asam.rules.maml import MAMLRule
 from fewshot_asam.rules.sharp_maml_low import SharpMAMLRule
@@ -90,6 +91,19 @@ def learned_rate(ways: int = 3) -> MetaLearner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return MetaLearner(RegisteredTwice(ways, SHAPE), nn.Parameter(torch.tensor(0.2)), MAMLRule(), engine="loop")
+
+
+def learned_rates() -> MetaLearner:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = RegisteredTwice(3, SHAPE)
+    return MetaLearner(model, LearnedRates(model, "tensor", lr=0.2), MAMLRule(), engine="loop")
+
+
+def first_order() -> MetaLearner:
+    learner = own_learner()
+    learner.first_order = True
+    return learner
 
 
 def own_dataset(name: str = "of mine", seed: int = 0) -> Dataset:

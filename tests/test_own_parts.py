@@ -164,11 +164,11 @@ def test_a_learner_has_the_best_weights_in_the_end_and_its_own_engine(tmp_path: 
         assert accuracy.mean == summary["test_accuracy"]
 
 
-@pytest.mark.parametrize("make", [own_learner, own_parts.learned_rate])
+@pytest.mark.parametrize("make", [own_learner, own_parts.learned_rate, own_parts.learned_rates])
 def test_all_that_a_learner_has_is_trained_and_saved(make: Callable[[], MetaLearner], tmp_path: Path) -> None:
     learner = make()
     extra = {name for name, _ in learner.named_parameters() if not name.startswith("model.")}
-    assert extra in ({"log_rate", "unused"}, {"lr"})
+    assert extra == {"log_rate", "unused"} or {name.partition(".")[0] for name in extra} == {"lr"}
     start = {name: value.clone() for name, value in learner.state_dict().items()}
     train(of_own_data(tmp_path, tmp_path / "run"), learner=learner, dataset=own_dataset())
     last = load_file(tmp_path / "run" / "last.safetensors")
@@ -222,6 +222,10 @@ def test_what_cannot_be_given(tmp_path: Path, given: dict[str, Any], message: st
         (
             {"learner": own_learner(model=own_parts.Wider), "dataset": own_dataset()},
             r"model was LogRate\(RegisteredTwice, .* 11 tensors \w+ and is LogRate\(RegisteredTwice, .* 13 tensors",
+        ),
+        (
+            {"learner": own_parts.first_order(), "dataset": own_dataset()},
+            "model was LogRate.*first_order=False.* and is LogRate.*first_order=True",
         ),
         ({"learner": own_parts.learned_rate(), "dataset": own_dataset()}, "model was LogRate.* and is MetaLearner"),
         ({"learner": own_learner(), "dataset": own_dataset("yours")}, "dataset was of mine and is yours"),

@@ -112,8 +112,9 @@ def _described(learner: MetaLearner) -> str:
     """A learner in words, which are the same whenever it is made again, and others for one of other layers."""
     rule = repr(learner.rule) if is_dataclass(learner.rule) else type(learner.rule).__name__
     lr = learner.lr if isinstance(learner.lr, float | int) else "learned"
-    options = {name: getattr(learner, name) for name in ("adapt", "validation", "norm", "zero_head")}
+    options = {name: getattr(learner, name) for name in ("adapt", "validation", "norm", "zero_head", "first_order")}
     words = ", ".join([f"lr={lr}", f"rule={rule}", *(f"{name}={value!r}" for name, value in options.items())])
+    words += f", loss={getattr(learner.loss, '__qualname__', type(learner.loss).__qualname__)}"
     text = f"{type(learner).__qualname__}({type(learner.model).__qualname__}, {words}), {layout(learner)}"
     return " ".join(_ADDRESS.sub("", text).split())
 
