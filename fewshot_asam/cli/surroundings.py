@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-COMMANDS = ("train_maml", "eval_maml", "reproduce_maml")
+COMMANDS = ("train_maml", "eval_maml", "predict_maml", "reproduce_maml")
 PLAIN = {"±": "+-", "–": "-", "−": "-", "×": "x", "…": "..."}
 """How the characters of results look where only ASCII can be written."""
 
