@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fewshot_asam.data.preparation import Label, Picture, Shape, dark_on_light, numbered, prepared
+from fewshot_asam.data.preparation import Label, Picture, Shape, dark_on_light, ink_on_paper, numbered, prepared, scaled
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
@@ -69,6 +69,10 @@ class Origin:
         resample = Image.Resampling.LANCZOS if self.of_drawings else Image.Resampling.BILINEAR
         return prepared(images, self.image_shape, resample)
 
+    def negatives(self, images: Tensor) -> Tensor:
+        """The same images inverted; of drawings, ink as 255 on paper as 0, however they are lit."""
+        return ink_on_paper(images) if self.of_drawings else 255 - images
+
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
@@ -97,8 +101,9 @@ class TrainedRun:
           Pillow images. They are squashed to the run's size and channels.
         - `labels`: one an image, of any hashable type.
         - `steps`: inner steps; those of the run if not given.
-        - `invert`: whether the images' brightness is reversed, here and in `predict`. If not given, it is where the run
-          was trained on drawings (ink 1 on paper 0) and these are dark ink on lighter paper.
+        - `invert`: whether the images are inverted, here and in `predict`. If not given, they are where the run was
+          trained on drawings (ink 1 on paper 0) and these are dark ink on lighter paper; paper then becomes 0 and the
+          darkest ink 1, image by image.
 
         **Returns:** the classifier. Arrays that are squashed, images that are inverted and a head that is widened are
         said in a warning. Raises `FewShotError` where images, labels or their numbers are not as described, and where
@@ -108,7 +113,7 @@ class TrainedRun:
         names, y = numbered(labels, len(support))
         self._say_squashed(images)
         inverted = self._inverts(support) if invert is None else invert
-        support = 255 - support if inverted else support
+        support = self.origin.negatives(support) if inverted else support
         learner = self._learner(len(names))
         with precision("float32", self.device):
             x = scaled(support, self.device)
@@ -136,9 +141,8 @@ class TrainedRun:
         config = self.origin.config
         if ways > config.ways and config.head_init != "zeros_every_task":
             raise FewShotError(
-                f"{ways} classes were given, but the run's head was trained for {config.ways} and starts each task "
-                f"from what it learned; give at most {config.ways} classes, or train with --head-init "
-                "zeros_every_task, whose head can be widened"
+                f"{ways} classes were given, but the run's head was trained for {config.ways}; give at most that many, "
+                "or train with --head-init zeros_every_task, whose head can be widened"
             )
         if ways > config.ways:
             _say(f"the head is widened from {config.ways} to {ways} classes, more than the run ever told apart")
@@ -179,14 +183,13 @@ class Classifier:
         - `images`: as in `fit`.
         - `statistics`: whose statistics the norm layers use: the `support` set's alone (the default), `each` image's
           with the support set's (the default where the model's `forward` takes no `support`), or all images'
-          `together`, as transductive runs are trained and tested. With `together` alone an answer depends on the other
-          images of the call, of which up to 256 go together.
+          `together`, 256 at a time, as transductive runs are trained and tested: then an answer depends on the others.
 
         Raises `FewShotError` where the images are not as described or the network cannot be used so.
         """
         device = next(self.model.parameters()).device
         found = self.origin.prepared(images)
-        found = 255 - found if self.inverted else found
+        found = self.origin.negatives(found) if self.inverted else found
         parts = torch.chunk(found, math.ceil(len(found) / AT_ONCE))
         with torch.no_grad(), precision("float32", device):
             support, chosen = scaled(self.support, device), statistics or self.statistics
@@ -261,11 +264,6 @@ def adapt(learner: MetaLearner, x: Tensor, y: Tensor, steps: int) -> None:
             raise FewShotError(f"{bad} is not finite after {steps} inner steps; give fewer steps or other images")
         for name, value in task.params.items():
             learner.model.get_parameter(name).copy_(value)
-
-
-def scaled(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 as float32 in `[0, 1]`, on the device."""
-    return images.to(device).to(torch.float32) / 255
 
 
 def _resized(value: Tensor, like: Tensor | None) -> Tensor:

@@ -79,6 +79,11 @@ def most_shown() -> int:
     return COLUMNS - -(-NAMES // CELL[0]) - 1
 
 
+def printable(text: str) -> str:
+    """A file's name in one line."""
+    return "".join(one if one.isprintable() else "?" for one in text)
+
+
 def _card(page: Image.Image, draw: ImageDraw.ImageDraw, card: Card, at: tuple[int, int], colour: str) -> None:
     x, y = at
     _paste(page, card.thumbnail, at, colour)
@@ -105,7 +110,7 @@ def _text(
     bold: bool = False,
 ) -> int:
     """Writes a line, shortened to `room` pixels; returns where it ends."""
-    font, line = _font(size, bold), "".join(one if one.isprintable() else "?" for one in text)
+    font, line = _font(size, bold), printable(text)
     shown = line
     while room is not None and shown and font.getlength(shown) > room:
         line = line[:-1]

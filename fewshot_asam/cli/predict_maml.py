@@ -20,7 +20,7 @@ with importing():
     from torch import Tensor
 
     from fewshot_asam.classifier import TrainedRun, load_run
-    from fewshot_asam.cli.contact_sheet import SIDE, Card, Thumbnail, contact_sheet, most_shown
+    from fewshot_asam.cli.contact_sheet import SIDE, Card, Thumbnail, contact_sheet, most_shown, printable
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
     from fewshot_asam.data.archives import decode_image, list_tree, read_file
     from fewshot_asam.data.folder import SUFFIXES
@@ -128,7 +128,7 @@ def _classes(folder: Path) -> dict[str, list[str]]:
         raise FewShotError(
             f"{folder} has {len(classes)} subfolders; expected one for each of at least two classes, with its images"
         )
-    for name in _pictures(folder, ["*/*"]):
+    for name in _pictures(folder, loose=False):
         classes[name.rpartition("/")[0]].append(name)
     if empty := [name for name, files in classes.items() if not files]:
         raise FewShotError(
@@ -140,7 +140,7 @@ def _classes(folder: Path) -> dict[str, list[str]]:
 
 def _images(folder: Path) -> list[str]:
     _require_folder(folder, "images")
-    found = _pictures(folder, ["*", "*/*"])
+    found = _pictures(folder, loose=True)
     if not found:
         raise FewShotError(f"{folder} has no images; expected {', '.join(SUFFIXES)} files in it or in its subfolders")
     return found
@@ -151,15 +151,15 @@ def _require_folder(folder: Path, option: str) -> None:
         raise FewShotError(f"{option} is {folder}, which is not a folder; expected one of images")
 
 
-def _pictures(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """The images in a folder; warns of files that are none."""
-    names = [name for pattern in patterns for name in list_tree(folder, pattern) if not (folder / name).is_dir()]
-    if others := [name for name in names if not name.lower().endswith(SUFFIXES)]:
+def _pictures(folder: Path, loose: bool) -> list[str]:
+    """The images in the subfolders of a folder and, if `loose`, in itself; warns of other files."""
+    names = [name for pattern in ("*", "*/*") for name in list_tree(folder, pattern) if not (folder / name).is_dir()]
+    found = [name for name in names if name.lower().endswith(SUFFIXES) and (loose or "/" in name)]
+    if others := sorted(set(names).difference(found)):
         more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
-        warnings.warn(
-            f"{folder}: files that are no images are passed over: {', '.join(others[:LISTED])}{more}", stacklevel=2
-        )
-    return [name for name in names if name.lower().endswith(SUFFIXES)]
+        where = "no images" if loose else "no images in the folder of a class"
+        warnings.warn(f"{folder}: {where}, so passed over: {', '.join(others[:LISTED])}{more}", stacklevel=2)
+    return found
 
 
 def _predicted(
@@ -178,8 +178,9 @@ def _print(title: str, found: Predictions) -> None:
     print(title)
     files = sum(map(len, found.support.values()))
     print(f"adapted to {files} images of {len(found.support)} classes: {_short(list(found.support))}")
-    rows = list(zip(found.images, found.labels, found.probabilities.amax(1).tolist(), strict=True))[:LINES]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    images, labels = ([printable(name) for name in names[:LINES]] for names in (found.images, found.labels))
+    rows = list(zip(images, labels, found.probabilities.amax(1).tolist(), strict=False))
+    widths = [max(map(len, column)) for column in (images, labels)]
     for name, label, probability in rows:
         print(f"  {name:{widths[0]}}  {label:{widths[1]}}  {100 * probability:3.0f} %")
     if len(found.images) > LINES:
@@ -191,7 +192,7 @@ def _print(title: str, found: Predictions) -> None:
 
 
 def _short(names: Sequence[str]) -> str:
-    return ", ".join(names[:LINES]) + (f" and {len(names) - LINES} more" if len(names) > LINES else "")
+    return ", ".join(map(printable, names[:LINES])) + (f" and {len(names) - LINES} more" if len(names) > LINES else "")
 
 
 def _table(found: Predictions) -> str:

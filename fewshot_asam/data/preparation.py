@@ -23,6 +23,8 @@ Shape = tuple[int, int, int]
 """Of an image: `(C, H, W)`."""
 LISTED = 5
 """How many unreadable files a message names."""
+LEAST_CONTRAST = 25
+"""Between paper and ink, of 255: below, a page has no ink."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name for an array with so many channels."""
 
@@ -69,6 +71,11 @@ def prepared(
     return torch.cat(found)
 
 
+def scaled(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 as float32 in `[0, 1]`, on the device."""
+    return images.to(device).to(torch.float32) / 255
+
+
 def dark_on_light(images: Tensor) -> bool:
     """Whether drawings, uint8 `[n, C, H, W]`, are dark ink on lighter paper.
 
@@ -77,6 +84,14 @@ def dark_on_light(images: Tensor) -> bool:
     """
     pixels = images.flatten(1).double()
     return bool((pixels.mean(1) - pixels.median(1).values).mean() < 0)
+
+
+def ink_on_paper(images: Tensor) -> Tensor:
+    """Drawings of dark ink on lighter paper, uint8 `[n, C, H, W]`, as ink 255 on paper 0, however each is lit."""
+    pixels = images.flatten(1).float()
+    paper, darkest = pixels.median(1, keepdim=True).values, pixels.amin(1, keepdim=True)
+    ink = (paper - pixels) / (paper - darkest).clamp_min(LEAST_CONTRAST)
+    return (255 * ink).clamp(0, 255).round().to(torch.uint8).view_as(images)
 
 
 def numbered(labels: Iterable[Label], count: int) -> tuple[tuple[Label, ...], Tensor]:
