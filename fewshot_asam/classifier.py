@@ -138,15 +138,14 @@ class TrainedRun:
 
     def _learner(self, ways: int) -> MetaLearner:
         """The run's learner, its head made as wide as there are classes."""
-        config = self.origin.config
-        if ways > config.ways and config.head_init != "zeros_every_task":
+        trained, learner = self.origin.config.ways, built(self.origin, ways)
+        if ways > trained and not learner.zero_head:
             raise FewShotError(
-                f"{ways} classes were given, but the run's head was trained for {config.ways}; give at most that many, "
-                "or train with --head-init zeros_every_task, whose head can be widened"
+                f"{ways} classes were given, but the run's head was trained for {trained}; give at most that many, or "
+                "train with --head-init zeros_every_task, whose head can be widened"
             )
-        if ways > config.ways:
-            _say(f"the head is widened from {config.ways} to {ways} classes, more than the run ever told apart")
-        learner = built(self.origin, ways)
+        if ways > trained:
+            _say(f"the head is widened from {trained} to {ways} classes, more than the run ever told apart")
         own = stateful(learner).state_dict()
         fitted = {name: _resized(value, own.get(name)) for name, value in self.weights.items()}
         put_weights(fitted, stateful(learner), "the run")

@@ -198,7 +198,7 @@ def forms(folder: Path, pixels: Tensor) -> dict[str, Any]:
         "numpy": pixels.numpy(),
         "channels last": last,
         "floats": pixels.float() / 255,
-        "half precision": (pixels.double() / 255).numpy(),
+        "double precision": (pixels.double() / 255).numpy(),
         "channels last floats": torch.from_numpy(last) / 255,
         "with alpha": np.concatenate([last if last.shape[3] == 3 else last.repeat(3, 3), 0 * last[..., :1] + 255], 3),
         "pillow": opened,
@@ -214,6 +214,11 @@ def test_images_in_every_form(tmp_path: Path, shape: tuple[int, int, int]) -> No
     pixels = images_of(shape).test.images[:5]
     for name, form in forms(tmp_path, pixels).items():
         assert torch.equal(prepared(form, shape), pixels), name
+
+
+def test_floats_are_rounded_to_8_bits() -> None:
+    levels = torch.tensor([0, 0.4, 0.6, 100.6, 254.6, 255]).view(1, 1, 2, 3)
+    assert prepared(levels / 255, (1, 2, 3)).flatten().tolist() == [0, 0, 1, 101, 255, 255]
 
 
 def test_one_image_is_a_list_of_one(run: TrainedRun, drawn: Episodes, tmp_path: Path) -> None:
