@@ -11,67 +11,33 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from fewshot_asam.data.preparation import Label, Picture, Shape, dark_on_light, ink_on_paper, numbered, prepared, scaled
+from fewshot_asam.data.preparation import Label, Picture, dark_on_light, numbered, scaled
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import takes_support
 from fewshot_asam.models.statistics import Statistics, logits
 from fewshot_asam.runtime.yaml_settings import expanded, filled
-from fewshot_asam.training.build import build_learner, resolve_device
+from fewshot_asam.training.build import resolve_device
 from fewshot_asam.training.checkpoint import Weights, not_finite, put_weights, read_weights, save_weights, weights
-from fewshot_asam.training.config import TrainConfig, from_plain
 from fewshot_asam.training.evaluation import in_eval_mode
-from fewshot_asam.training.identity import from_json
+from fewshot_asam.training.origin import Origin, learner_of, origin_of, stateful
 from fewshot_asam.training.run_folder import stored_settings
 
 Device = Literal["auto", "cpu", "cuda"]
-DRAWN = ("glyphs", "omniglot")
-"""Datasets of ink 1 on paper 0, made smaller by Lanczos's filter."""
 AT_ONCE = 256
 """Images that go through the network together, so that memory is bounded."""
 SAVED = {str, int, float, bool, type(None)}
 """Types of the labels that a file can hold."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the header of a weights file says of its run."""
-
-    config: TrainConfig
-    image_shape: Shape
-    text: str
-
-    @property
-    def title(self) -> str:
-        """The run in a few words."""
-        config = self.config
-        task = f"{config.model}, {config.ways}-way {config.shots}-shot on {config.dataset}"
-        return f"{task}, {config.inner}, inner steps: {config.inner_steps} of {config.inner_lr:g}"
-
-    @property
-    def of_drawings(self) -> bool:
-        """Whether the run was trained on light ink on dark paper."""
-        return self.config.dataset in DRAWN
-
-    def prepared(self, images: Picture | Sequence[Picture]) -> Tensor:
-        """Images of the size and channels of the run's, uint8 `[n, C, H, W]`."""
-        resample = Image.Resampling.LANCZOS if self.of_drawings else Image.Resampling.BILINEAR
-        return prepared(images, self.image_shape, resample)
-
-    def negatives(self, images: Tensor) -> Tensor:
-        """The same images inverted; of drawings, ink as 255 on paper as 0, however they are lit."""
-        return ink_on_paper(images) if self.of_drawings else 255 - images
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +104,7 @@ class TrainedRun:
 
     def _learner(self, ways: int) -> MetaLearner:
         """The run's learner, its head made as wide as there are classes."""
-        trained, learner = self.origin.config.ways, built(self.origin, ways)
+        trained, learner = self.origin.config.ways, learner_of(self.origin, ways)
         if ways > trained and not learner.zero_head:
             raise FewShotError(
                 f"{ways} classes were given, but the run's head was trained for {trained}; give at most that many, or "
@@ -214,11 +180,11 @@ class Classifier:
         path = expanded(Path(path))
         tensors, text = read_weights(path)
         described = _described(text, str(path))
-        origin, labels = _origin(described.run, str(path)), tuple(described.labels)
+        origin, labels = origin_of(described.run, str(path)), tuple(described.labels)
         support = tensors.pop("support", torch.empty(0))
         if support.dtype != torch.uint8 or support.shape[1:] != torch.Size(origin.image_shape) or len(labels) < 2:
             raise FewShotError(f"{path} is of another kind; expected what Classifier.save writes")
-        model = built(origin, len(labels)).model.eval()
+        model = learner_of(origin, len(labels)).model.eval()
         put_weights({name.removeprefix("model."): value for name, value in tensors.items()}, model, str(path))
         model.to(resolve_device(device))
         return cls(model, labels, support, described.statistics, described.inverted, origin)
@@ -239,20 +205,7 @@ def load_run(run: str | Path, device: Device = "auto") -> TrainedRun:
         stored_settings(path)
         path = path / "best.safetensors"
     tensors, text = read_weights(path)
-    return TrainedRun(_origin(text, str(path)), tensors, resolve_device(device))
-
-
-def stateful(learner: MetaLearner) -> nn.Module:
-    """The module whose state the weights files of a run hold."""
-    return learner.model
-
-
-def built(origin: Origin, ways: int) -> MetaLearner:
-    """The untrained learner for so many classes, which trains on all of a support set, one task at a time."""
-    config = replace(origin.config, ways=ways, validation="duplicate", engine="loop", torch_compile=False)
-    learner = build_learner(config, origin.image_shape)
-    learner.check = False  # the run was trained with this model
-    return learner
+    return TrainedRun(origin_of(text, str(path)), tensors, resolve_device(device))
 
 
 def adapt(learner: MetaLearner, x: Tensor, y: Tensor, steps: int) -> None:
@@ -274,11 +227,6 @@ def _resized(value: Tensor, like: Tensor | None) -> Tensor:
 
 def _say(message: str) -> None:
     warnings.warn(message, stacklevel=4)
-
-
-def _origin(text: str, path: str) -> Origin:
-    identity = from_json(text, path)
-    return Origin(from_plain(identity.settings, path), identity.image_shape, text)
 
 
 @dataclass(frozen=True)
