@@ -112,7 +112,7 @@ def test_a_long_list_is_cut_on_the_terminal_and_in_the_picture(
     monkeypatch.setattr(predict_maml, "contact_sheet", lambda *given: notes.append(given[3]) or contact_sheet(*given))
     said = predict()
     assert "and 4 more" in said
-    assert notes == ["4 images, by label, the surest first; 2 more are in the table alone"]
+    assert notes == ["the first 4 of 6 images, by label, the surest first; all are in the table"]
     assert len(rows()) == 6
 
 

@@ -100,12 +100,11 @@ def command(argv: Sequence[str]) -> None:
     found = _predicted(trained, settings, support, images)
     title = f"{given.run}: {trained.origin.title}"
     _print(title, found)
+    content, picture = io.BytesIO(), settings.output.with_suffix(".png")
+    _picture(title, settings.support, settings.images, found).save(content, "PNG")
     _write(settings.output, _table(found).encode("utf-8", "surrogateescape"))
-    picture = _picture(title, settings.support, settings.images, found)
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    _write(settings.output.with_suffix(".png"), content.getvalue())
-    print(f"written: {settings.output}, {settings.output.with_suffix('.png')}")
+    _write(picture, content.getvalue())
+    print(f"written: {settings.output}, {picture}")
 
 
 def _require_free(output: Path) -> None:
@@ -217,10 +216,9 @@ def _picture(title: str, support: Path, images: Path, found: Predictions) -> Ima
     each = zip(found.images, found.labels, probabilities, found.truths, strict=True)
     shown = [one for one in each if one[1] in rows][:SHOWN]
     cards = [Card(_thumbnail(images / name), name, label, p, truth) for name, label, p, truth in shown]
-    left = len(found.images) - len(cards)
-    note = f"{len(cards)} images, by label, the surest first" + (
-        f"; {left} more are in the table alone" if left else ""
-    )
+    total, part = len(found.images), len(cards) < len(found.images)
+    count = f"the first {len(cards)} of {total} images" if part else f"{total} images"
+    note = f"{count}, by label, the surest first{'; all are in the table' if part else ''}"
     return contact_sheet(title, rows, cards, note)
 
 
