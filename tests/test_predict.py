@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +130,27 @@ def test_what_is_no_image_is_passed_over_with_a_word(
         "warning: support: no images in the folder of a class, so passed over: class003/notes.txt, loose.png",
         "warning: images: no images, so passed over: notes.txt",
     ]
+    assert len(rows()) == 6
+
+
+def test_the_lines_of_the_page_run(place: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "your_own_images.md").read_text(encoding="utf-8")
+    python = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    command = next(line for line in page.splitlines() if line.startswith("predict_maml "))
+    Path("runs").mkdir()
+    os.rename("run", "runs/mine")
+    for index, file in enumerate(
+        sorted([*place.glob("support/*/*"), *place.glob("images/*/*")])
+    ):  # the page speaks of JPEGs
+        Path("my_support", file.parent.name).mkdir(parents=True, exist_ok=True)
+        Path("my_images").mkdir(exist_ok=True)
+        folder = Path("my_support", file.parent.name) if file.parts[-3] == "support" else Path("my_images")
+        Image.open(file).save(folder / f"{index}.jpg")
+    names: dict[str, Any] = {}
+    exec("".join(python), names)
+    assert len(capsys.readouterr().out.splitlines()) > 2
+    assert torch.equal(names["same"].predict_proba(names["others"]), names["classifier"].predict_proba(names["others"]))
+    assert predict_maml.main(shlex.split(command)[1:]) == 0
     assert len(rows()) == 6
 
 
