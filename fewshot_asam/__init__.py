@@ -7,6 +7,7 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.version import __version__
 
 if TYPE_CHECKING:
+    from fewshot_asam.classifier import Classifier, load_run
     from fewshot_asam.data import load_dataset
     from fewshot_asam.data.images import Dataset, ImageSet
     from fewshot_asam.episodes import Episodes, EpisodeSampler
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAML",
+    "Classifier",
     "Conv4",
     "Dataset",
     "EpisodeSampler",
@@ -34,9 +36,11 @@ __all__ = [
     "__version__",
     "evaluate",
     "load_dataset",
+    "load_run",
     "train",
 ]
 _ROOMS = {
+    "classifier": ("Classifier", "load_run"),
     "data": ("load_dataset",),
     "data.images": ("Dataset", "ImageSet"),
     "episodes": ("EpisodeSampler", "Episodes"),

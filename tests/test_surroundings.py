@@ -20,7 +20,7 @@ from fewshot_asam.runtime.cache_folder import cache_dir
 from fewshot_asam.runtime.signals import ECHO, Stop, Stopped
 from fewshot_asam.training.checkpoint import decode, read_state
 
-COMMANDS = ["train_maml", "eval_maml", "reproduce_maml"]
+COMMANDS = ["train_maml", "eval_maml", "predict_maml", "reproduce_maml"]
 
 
 @pytest.fixture(scope="module")

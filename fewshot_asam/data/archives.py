@@ -190,17 +190,23 @@ def decode_image(
     **Returns:** uint8 `[C, H, W]`. Raises `FewShotError` where the data has none of `FORMATS`, is truncated or damaged,
     or decodes to more pixels than Pillow allows, or to a side longer than `LONGEST_SIDE`.
     """
-    height, width = size
     try:
         with _many_pixels_refused(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if max(image.size) > LONGEST_SIDE:
                 raise ValueError(f"{image.width} x {image.height} pixels, a side of more than {LONGEST_SIDE:,}")
-            resized = _converted(_upright(image), mode).resize((width, height), resample)
+            return squashed(image, mode, size, resample)
     except UnidentifiedImageError as error:
         raise FewShotError(f"{name} is not an image; expected {_IMAGE}") from error
     except Exception as error:  # of any kind: Pillow's readers unpack whatever a damaged file holds
         raise FewShotError(f"{name} cannot be decoded ({_line(error)}); expected {_IMAGE}") from error
-    pixels: NDArray[np.uint8] = np.array(resized)
+
+
+def squashed(
+    image: Image.Image, mode: Literal["L", "RGB"], size: tuple[int, int], resample: Image.Resampling
+) -> NDArray[np.uint8]:
+    """What `decode_image` makes of an image that is open already, uint8 `[C, H, W]`; errors are Pillow's own."""
+    height, width = size
+    pixels: NDArray[np.uint8] = np.array(_converted(_upright(image), mode).resize((width, height), resample))
     return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

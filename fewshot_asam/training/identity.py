@@ -35,6 +35,8 @@ class Identity:
     """digest of the class names of all splits"""
     images: str
     """digest of the pixels and of how many images each class has"""
+    image_shape: tuple[int, int, int]
+    """`(C, H, W)`, so that weights can be used where the dataset is not"""
 
     def of(self, config: TrainConfig) -> Identity:
         """That of a run with these settings on the same data."""
@@ -52,7 +54,7 @@ def identify(config: TrainConfig, dataset: Dataset) -> Identity:
     pixels = hashlib.sha256()
     for images in splits:
         _digest(images, pixels)
-    return Identity(_kept(config), classes, pixels.hexdigest())
+    return Identity(_kept(config), classes, pixels.hexdigest(), dataset.train.shape)
 
 
 def from_json(text: str | None, origin: str) -> Identity:
