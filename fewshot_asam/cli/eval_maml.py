@@ -31,7 +31,7 @@ with importing():
     from fewshot_asam.training.given import require_given
     from fewshot_asam.training.identity import data_digests, identify, require_same_everywhere, shared
     from fewshot_asam.training.run_folder import stored_settings
-    from fewshot_asam.training.state import WeightsName, evaluated, trained_learner
+    from fewshot_asam.training.trained import WeightsName, ensemble, evaluated, trained_learner
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class EvalConfig:
     """of the test tasks"""
     weights: WeightsName = "best"
     """those that were best on the validation tasks, or the last ones"""
+    ensemble: int | None = None
+    """the mean prediction of so many snapshots, those that were best on the validation tasks (--keep-snapshots)"""
+    permutations: int = 1
+    """the mean prediction of so many numberings of each task's classes"""
     inner: str | None = None
     """adapt with this rule instead of the one that the run was trained with"""
     inner_steps: int | None = None
@@ -68,6 +72,8 @@ def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, Tr
     trained = stored_settings(folder)
     require_given(trained)
     changed = {name: getattr(test, name) for name in OVERRIDES if getattr(test, name) is not None}
+    if test.inner_lr is not None and trained.learned_rates != "none":
+        raise FewShotError(f"inner_lr is given, but {folder} has learned its inner rates; leave --inner-lr out")
     return trained, replace(with_rule(trained, test.inner or trained.inner), **changed)
 
 
@@ -82,13 +88,27 @@ def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:
                 )
 
 
-def _line(accuracies: Tensor, weights: WeightsName, trained: TrainConfig, tested: TrainConfig) -> str:
-    line = ("" if weights == "best" else f"of the {weights} weights ") + result_text(
-        tested, interval(accuracies), len(accuracies)
-    )
+def _line(accuracies: Tensor, said_of: str, trained: TrainConfig, tested: TrainConfig) -> str:
+    line = said_of + result_text(tested, interval(accuracies), len(accuracies))
     changed = [name for name in OVERRIDES[:3] if getattr(trained, name) != getattr(tested, name)]
     differences = ", ".join(f"{name} {getattr(trained, name)}" for name in changed)
     return line + (f", NOT as trained ({differences})" if changed else ", as trained")
+
+
+def _weights(folder: Path, test: EvalConfig) -> Sequence[str]:
+    """The weights that are tested: one file of the run, or those of an ensemble."""
+    return [test.weights] if test.ensemble is None else ensemble(folder, test.ensemble)
+
+
+def _what(test: EvalConfig) -> str:
+    """What a result is of, where it is not of the best weights alone."""
+    parts = [
+        f"an ensemble of {test.ensemble} checkpoints" if test.ensemble else "",
+        f"the {test.weights} weights" if test.weights != "best" and not test.ensemble else "",
+        f"the mean over {test.permutations} numberings of the classes" if test.permutations > 1 else "",
+    ]
+    said = ", ".join(filter(None, parts))
+    return f"of {said} " if said else ""
 
 
 def command(argv: Sequence[str]) -> None:
@@ -114,13 +134,18 @@ def command(argv: Sequence[str]) -> None:
     identity = identify(first_run, dataset)
     require_same_everywhere(data_digests(identity))
     learners = {
-        folder: trained_learner(Path(folder), tested, dataset, identity.of(trained), test.weights)
+        folder: [
+            trained_learner(Path(folder), tested, dataset, identity.of(trained), which)
+            for which in _weights(Path(folder), test)
+        ]
         for folder, (trained, tested) in settings.items()
     }
     accuracies: dict[str, Tensor] = {}
     for folder, config in to_test.items():
-        accuracies[folder] = evaluated(learners[folder], config, dataset.test, test.tasks, test.seed)
-        distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], test.weights, *settings[folder])}")
+        accuracies[folder] = evaluated(
+            learners[folder], config, dataset.test, test.tasks, test.seed, permutations=test.permutations
+        )
+        distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], _what(test), *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])
         distributed.print_rank0(f"{first} minus {second}: {difference} (paired, the same {test.tasks} tasks)")

@@ -18,7 +18,8 @@ from fewshot_asam.training.build import load_data, resolve_device
 from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.evaluation import TASKS_AT_ONCE
 from fewshot_asam.training.metrics import read_metrics
-from fewshot_asam.training.state import build, evaluated
+from fewshot_asam.training.state import build
+from fewshot_asam.training.trained import evaluated
 
 TRIED = 3
 """Iterations that are timed, after as many that are not: kernels and graphs are made in them."""

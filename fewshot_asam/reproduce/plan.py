@@ -14,7 +14,7 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime.yaml_settings import nearest, read_yaml, require_known
 from fewshot_asam.training.checks import require_count, require_seed
 from fewshot_asam.training.config import TrainConfig, changed, from_plain, plain
-from fewshot_asam.training.state import WeightsName
+from fewshot_asam.training.trained import WeightsName
 
 PLAN_KEYS = ("seeds", "defaults", "tests", "rules", "sections")
 """What a plan must say: seeds, settings of every cell, tests and rules by name, and the sections made of them."""
@@ -30,6 +30,7 @@ NOT_IN_PLANS = ("data_root", "output_dir", "device", "max_minutes", "seed")
 """Settings of a run that a plan does not give: where it runs, and the seed, which has a list of its own."""
 NOT_IN_NAMES = (
     *("data_root", "output_dir", "device", "max_minutes", "checkpoint_every", "test_tasks", "congruence_tasks"),
+    "keep_snapshots",
     *("engine", "torch_compile", "recompute", "cuda_graph"),
 )
 """Settings that leave a run's weights as they are, up to rounding, so that its name does not depend on them."""

@@ -33,7 +33,8 @@ from fewshot_asam.training.evaluation import interval
 from fewshot_asam.training.identity import identify
 from fewshot_asam.training.loop import train
 from fewshot_asam.training.metrics import read_metrics
-from fewshot_asam.training.state import Diverged, evaluated, trained_learner
+from fewshot_asam.training.state import Diverged
+from fewshot_asam.training.trained import evaluated, trained_learner
 from fewshot_asam.version import __version__
 
 SHORT_TEST = 600

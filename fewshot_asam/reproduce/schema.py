@@ -15,7 +15,7 @@ import numpy as np
 from fewshot_asam.reproduce.plan import MOST_TASKS
 from fewshot_asam.rules import rule_names
 from fewshot_asam.training.config import TrainConfig
-from fewshot_asam.training.state import WeightsName
+from fewshot_asam.training.trained import WeightsName
 
 Counts = np.ndarray[Any, np.dtype[np.uint16]]
 SETTINGS = {field.name for field in fields(TrainConfig)}

@@ -13,6 +13,7 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import MODELS, Shape, build_model
 from fewshot_asam.models.initialisation import HeadInit
+from fewshot_asam.rates import LearnedRates
 from fewshot_asam.runtime import distributed
 from fewshot_asam.training import foreign_model
 from fewshot_asam.training.config import Part, TrainConfig
@@ -81,7 +82,7 @@ def build_learner(config: TrainConfig, image_shape: Shape, factory: Factory | No
         model = _own_model(config, image_shape) if own else foreign_model.make(config, image_shape, factory)
         learner = MetaLearner(
             model,
-            config.inner_lr,
+            _rates(config, model),
             config.rule,
             adapt=config.adapt,
             validation=config.validation,
@@ -95,6 +96,13 @@ def build_learner(config: TrainConfig, image_shape: Shape, factory: Factory | No
         if not own:
             foreign_model.begin(learner, config, image_shape)
     return learner
+
+
+def _rates(config: TrainConfig, model: nn.Module) -> float | LearnedRates:
+    if config.learned_rates == "none":
+        return config.inner_lr
+    steps = config.inner_steps if config.learned_rates == "layer_and_step" else None
+    return LearnedRates(model, config.learned_rates, lr=config.inner_lr, steps=steps)
 
 
 def _own_model(config: TrainConfig, image_shape: Shape) -> nn.Module:

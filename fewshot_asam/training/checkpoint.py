@@ -30,6 +30,8 @@ FORMAT = 3
 """Of training states; a file begins with `SIGNATURE`, this number, a newline and the SHA-256 of the rest."""
 STATES = "checkpoints"
 """The folder of a run that holds its training states."""
+SNAPSHOTS = "snapshots"
+"""The folder of a run that holds the weights of its validations."""
 HEADER = "fewshot_asam"
 """The one name under which safetensors say something: several would be written in any order."""
 MODEL = "model."

@@ -97,6 +97,9 @@ class TrainConfig:
     as head.*"""
     first_order: bool = False
     """first-order meta-gradients (FOMAML)"""
+    learned_rates: Literal["none", "tensor", "element", "layer_and_step"] = "none"
+    """inner learning rates that are learned, inner_lr being their first value: one a parameter tensor, one an element
+    (Meta-SGD), or one a layer and step (MAML++)"""
 
     iterations: int = 600
     """meta-batches to train on"""
@@ -109,6 +112,12 @@ class TrainConfig:
     schedule: Literal["constant", "cosine"] = "cosine"
     """course of meta_lr; cosine falls to 0 at the last iteration, or at the end of max_minutes if that comes first
     (resumed with more iterations it is stretched)"""
+    first_order_iterations: int = 0
+    """meta-gradients are of first order for so many iterations (MAML++)"""
+    multi_step_iterations: int = 0
+    """for so many iterations the losses after all inner steps count, in the end the last one alone (MAML++)"""
+    outer_rho: float = 0.0
+    """radius of SAM at the upper level: with maml Sharp-MAML_up, with sharp_maml_low Sharp-MAML_both"""
     clip_grad: float | None = None
     """largest norm of the meta-gradient"""
     validate_every: int = 100
@@ -121,6 +130,8 @@ class TrainConfig:
     """tasks of the test after training"""
     checkpoint_every: int = 100
     """iterations between two checkpoints"""
+    keep_snapshots: bool = False
+    """keep the weights of every validation, for eval_maml --ensemble"""
 
     seed: int = 0
     """of the initial weights and the training tasks"""
@@ -162,14 +173,17 @@ class TrainConfig:
                 raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {checks.LARGEST_SIZE:,}")
         for name in ("validate_tasks", "test_tasks"):
             checks.require_count(name, getattr(self, name), 2)
-        checks.require_count("congruence_tasks", self.congruence_tasks, 0)
+        for name in ("congruence_tasks", "first_order_iterations", "multi_step_iterations"):
+            checks.require_count(name, getattr(self, name), 0)
         if self.ways < 2:
             raise FewShotError(f"ways is {self.ways}; expected at least 2")
         for name in ("inner_lr", "meta_lr", "clip_grad", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < checks.LARGEST_RATE:
                 raise FewShotError(f"{name} is {value}; expected a number above 0 and below {checks.LARGEST_RATE:g}")
-        for name in ("rho", "rho1", "rho2"):
+        if self.outer_rho < 0:
+            raise FewShotError(f"outer_rho is {self.outer_rho}; expected a radius of at least 0")
+        for name in ("rho", "rho1", "rho2", "outer_rho"):
             if (getattr(self, name) or 0) >= checks.LARGEST_RATE:
                 raise FewShotError(f"{name} is {getattr(self, name)}; expected a radius below {checks.LARGEST_RATE:g}")
         for name in ("data_root", "split_csv", "output_dir"):
@@ -207,7 +221,8 @@ class TrainConfig:
         radius = f" of rho {rule.rho:g}" if hasattr(rule, "rho") else ""
         said = {one.name: getattr(rule, one.name) for one in fields(rule) if one.name != "rho"}  # type: ignore[arg-type]
         said = {name: value for name, value in said.items() if value != getattr(usual, name, None)}
-        names = ["first_order", "validation", "adapt", "init", "head_init"]
+        names = [*("first_order", "first_order_iterations", "learned_rates", "multi_step_iterations", "outer_rho")]
+        names += ["validation", "adapt", "init", "head_init"]
         said |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
         words = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in said.items()}
         return ", ".join([self.inner + radius, *(f"{name} {value}" for name, value in words.items())])
@@ -247,7 +262,7 @@ COUNTS = (
 
 OF_THE_LEARNER = (
     *("inner", "inner_lr", "rho", "rho1", "rho2", "val_grad_point", "val_norm", "through_perturbation", "beta"),
-    *("adaptive", "first_order", "adapt", "validation", "norm", "hidden", "init", "head_init"),
+    *("adaptive", "first_order", "learned_rates", "adapt", "validation", "norm", "hidden", "init", "head_init"),
     *("engine", "torch_compile", "recompute"),
 )
 """Settings that a learner which was given in Python has itself: no file of such a run holds them."""

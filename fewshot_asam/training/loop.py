@@ -28,7 +28,8 @@ from fewshot_asam.training.given import Factory, Given, layout, recorded
 from fewshot_asam.training.identity import data_digests, require_same_everywhere, shared
 from fewshot_asam.training.metrics import MetricsLog
 from fewshot_asam.training.rehearsal import choose_engine, compile_engine
-from fewshot_asam.training.state import TrainState, build, evaluation_sampler
+from fewshot_asam.training.state import TrainState, build
+from fewshot_asam.training.trained import evaluation_sampler
 from fewshot_asam.version import __version__
 
 FORESEEN = 10
@@ -200,6 +201,7 @@ def _validate(state: TrainState, stop: Stop, log: MetricsLog | None) -> None:
         log.add(progress.iteration, val_accuracy=result.mean, val_ci95=result.half_width, **_congruence(state))
     progress.validated = progress.iteration
     progress.rows += 1
+    state.keep_snapshot()
     if result.mean > progress.best_accuracy:
         progress.best_accuracy, progress.best_iteration = result.mean, progress.iteration
         state.keep_best()
@@ -226,6 +228,7 @@ def _test(state: TrainState, stop: Stop) -> dict[str, Any]:
     summary = {
         **({} if "learner" not in config.from_python else _of_the_learner(learner)),
         **plain(config),
+        **({"rho": getattr(config.rule, "rho", None)} if config.inner_settings else {}),
         "test_accuracy": result.mean,
         "test_ci95": result.half_width,
         "last_test_accuracy": last.mean,

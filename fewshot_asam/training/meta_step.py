@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from fewshot_asam.engine import Batch
 from fewshot_asam.engine.cuda_graph import CudaGraphed, CudaGraphs
 from fewshot_asam.learners import MetaLearner
+from fewshot_asam.rules.perturbations import sam
 from fewshot_asam.runtime import distributed
 from fewshot_asam.training.config import TrainConfig
+from fewshot_asam.training.schedules import meta_rate
 
 Iteration = Callable[[Batch], Tensor]
 """One meta-iteration; returns `[3]` on the device: mean query loss, mean accuracy, norm of the meta-gradient."""
@@ -39,7 +41,9 @@ def schedule(
     - `spent`: the part of `max_minutes` that is over: cosine falls to 0 at their end, if that comes first.
     """
     return torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda index: _rate(config, max(index / config.iterations, spent())), last_epoch=iteration - 1
+        adam,
+        lambda index: meta_rate(config.schedule, max(index / config.iterations, spent())),
+        last_epoch=iteration - 1,
     )
 
 
@@ -71,18 +75,38 @@ def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainCo
         return CudaGraphed(body, CudaGraphs()) if wanted else body
 
     if distributed.size() == 1:
-        return recorded(lambda batch: step(gradient(batch)))
+        return recorded(lambda batch: step(_sharpness_aware(gradient, parameters, config.outer_rho)(batch)))
     own_gradient = recorded(gradient)
 
-    def together(batch: Batch) -> Tensor:
+    def summed(batch: Batch) -> Tensor:
         own = batch.part(distributed.share(batch.num_tasks))
         flat = own_gradient(own) * (own.num_tasks / batch.num_tasks)
         distributed.all_reduce_sum(flat)
-        return step(flat)
+        return flat
 
-    return together
+    return lambda batch: step(_sharpness_aware(summed, parameters, config.outer_rho)(batch))
 
 
-def _rate(config: TrainConfig, done: float) -> float:
-    """What meta_lr is multiplied by after that part of the training."""
-    return 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def _sharpness_aware(gradient: Iteration, parameters: Sequence[Tensor], rho: float) -> Iteration:
+    """The gradient `rho` further along itself, by one norm over all parameters (Sharp-MAML_up, Abbas et al. 2022).
+
+    Loss and accuracy are those at the parameters themselves.
+    """
+    if rho == 0:
+        return gradient
+
+    def further(batch: Batch) -> Tensor:
+        here = gradient(batch)
+        *slopes, _ = torch.split(here, [*(p.numel() for p in parameters), 2])
+        ascent = sam({}, {str(i): slope for i, slope in enumerate(slopes)}, rho)
+        before = [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            for parameter, move in zip(parameters, ascent.values(), strict=True):
+                parameter += move.view_as(parameter)
+            with torch.enable_grad():
+                there = gradient(batch)
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        return torch.cat([there[:-2], here[-2:]])
+
+    return further

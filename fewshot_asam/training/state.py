@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewshot_asam.data import Dataset
-from fewshot_asam.data.images import ImageSet
-from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
@@ -24,29 +20,23 @@ from fewshot_asam.runtime.yaml_settings import filled
 from fewshot_asam.training import meta_step
 from fewshot_asam.training.build import build_learner
 from fewshot_asam.training.checkpoint import (
+    SNAPSHOTS,
     Weights,
     decode,
-    put_weights,
     read_state,
-    read_weights,
     require_storable,
     save_state,
     save_weights,
     weights,
 )
 from fewshot_asam.training.config import TrainConfig
-from fewshot_asam.training.evaluation import evaluate
 from fewshot_asam.training.foreign_model import require_logits
 from fewshot_asam.training.given import Given
-from fewshot_asam.training.identity import Identity, from_json, identify, require_same
+from fewshot_asam.training.identity import Identity, identify, require_same
 from fewshot_asam.training.progress import Progress
+from fewshot_asam.training.schedules import step_weights
 from fewshot_asam.training.stored_tensors import Holders
 from fewshot_asam.version import __version__
-
-EVALUATION_SEED = 0
-"""Of the validation and test tasks: the same for every run, whatever its own seed."""
-WeightsName = Literal["best", "last"]
-"""Weights of a run folder: those that were best on the validation tasks, or those after the last iteration."""
 
 
 class Diverged(FewShotError):
@@ -76,6 +66,8 @@ class TrainState:
     schedule: torch.optim.lr_scheduler.LRScheduler = field(init=False)
 
     def __post_init__(self) -> None:
+        self._first_order = self.learner.first_order
+        self._kind = (self._first_order, True)
         self._schedule()
 
     def _schedule(self) -> None:
@@ -105,12 +97,25 @@ class TrainState:
         torch.manual_seed(_seed_of(self.config.seed, self.progress.iteration, distributed.rank()))
         try:
             episodes = self.train_tasks.sample(self.config.meta_batch_size)
-            self.unread.append(self.iterate(self.learner.batch(episodes, self.train_tasks.augmentation)))
+            self.unread.append(self.iterate(self.learner.batch(episodes, self.train_tasks.augmentation, self._phase())))
         except PeerLost:
             self.train_tasks.load_state_dict(before)
             raise
         self.schedule.step()
         self.progress.iteration += 1
+
+    def _phase(self) -> list[float] | None:
+        """The weights of the inner steps in the next iteration, if any; where a phase ends, recording begins anew."""
+        config, done = self.config, self.progress.iteration
+        first_order = self._first_order or done < config.first_order_iterations
+        weights = None
+        if done < config.multi_step_iterations:
+            weights = step_weights(config.inner_steps, done / config.multi_step_iterations)
+        kind = (first_order, weights is None)
+        if kind != self._kind:
+            self._kind, self.learner.first_order = kind, first_order
+            self.iterate = meta_step.iteration(self.learner, self.optimizer, config)
+        return weights
 
     def read(self) -> Tensor:
         """The unlogged numbers, with those that were on the device; raises `Diverged` where one is not finite."""
@@ -140,6 +145,12 @@ class TrainState:
         self.best = weights(self.learner)
         if distributed.is_first():
             self._save_weights("best", self.best)
+
+    def keep_snapshot(self) -> None:
+        """Writes the present weights into the folder of snapshots, where that is wanted."""
+        if self.config.keep_snapshots and distributed.is_first():
+            (self.folder / SNAPSHOTS).mkdir(exist_ok=True)
+            self._save_weights(f"{SNAPSHOTS}/{self.progress.iteration:010d}", weights(self.learner))
 
     def restore(self) -> None:
         """Goes on from the newest whole checkpoint of the folder, if it has one; writes nothing."""
@@ -242,39 +253,3 @@ def build(config: TrainConfig, dataset: Dataset, device: torch.device, given: Gi
     iterate = meta_step.iteration(learner, optimizer, config)
     identity = identify(config, dataset)
     return TrainState(config, dataset, identity, learner, train_tasks, optimizer, iterate)
-
-
-def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUATION_SEED) -> EpisodeSampler:
-    """A fresh sampler of validation or test tasks."""
-    return EpisodeSampler(images, config.ways, config.shots, config.queries, seed=seed)
-
-
-def trained_learner(
-    folder: Path, config: TrainConfig, dataset: Dataset, made_by: Identity, which: WeightsName = "best"
-) -> MetaLearner:
-    """The best or last weights of a run folder, with the rule of `config`, on the dataset's device.
-
-    Raises `FewShotError` where they were made by other settings or classes than `made_by`, and warns of other images.
-    """
-    file = folder / f"{which}.safetensors"
-    trained, text = read_weights(file)
-    stored = from_json(text, str(file))
-    require_same(made_by, stored, str(file))
-    learner = build_learner(config, dataset.train.shape)
-    put_weights(trained, learner, str(file))
-    if stored.images != made_by.images:
-        warnings.warn(f"{file} was made with other images of the same classes than it is tested on", stacklevel=2)
-    return learner.to(dataset.test.images.device)
-
-
-def evaluated(
-    learner: MetaLearner,
-    config: TrainConfig,
-    images: ImageSet,
-    tasks: int,
-    seed: int = EVALUATION_SEED,
-    between: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """The accuracy on each of `tasks` test tasks, float `[tasks]`; see `evaluate`."""
-    with precision(config.precision, images.images.device):
-        return evaluate(learner, evaluation_sampler(config, images, seed), tasks, config.inner_steps, between)
