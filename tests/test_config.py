@@ -52,7 +52,19 @@ def test_the_files_say_what_the_defaults_could_change() -> None:
 
 
 def test_there_is_no_other_file() -> None:
-    assert len(list(CONFIGS.iterdir())) == len(PROTOCOL)
+    assert len(list(CONFIGS.iterdir())) == len(PROTOCOL) + 1
+
+
+def test_the_file_of_mamlpp() -> None:
+    words = ["--config", str(CONFIGS / "mini_imagenet_5w1s_mamlpp.yaml"), "--inner", "maml"]
+    config, _ = train_maml._settings(words, TrainConfig())
+    assert (config.hidden, config.meta_batch_size, config.inner_lr, config.inner_steps) == (48, 2, 0.01, 5)
+    assert (config.learned_rates, config.multi_step_iterations, config.iterations) == (
+        "layer_and_step",
+        15 * 500,
+        50_000,
+    )
+    assert config.keep_snapshots, "its figure is of an ensemble"
 
 
 @pytest.mark.parametrize("order", [0, 1])
