@@ -23,7 +23,7 @@ from fewshot_asam.engine import Batch, EngineName, ExecutionMode, InnerLoop, Met
 from fewshot_asam.engine.functional import exclusive
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.models import Adapt
+from fewshot_asam.models import Adapted
 from fewshot_asam.rules import Rule
 from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
 from fewshot_asam.rules.maml import MAMLRule
@@ -47,8 +47,8 @@ class MetaLearner(nn.Module):
       `LearnedRates`, which are of this learner's `parameters()` and `state_dict()` too.
     - `rule`: the lower-level step with its settings, one of `fewshot_asam.rules` or one's own.
     - `adapt`: which parameters the inner loop changes: `all` (MAML), `head` (ANIL: the last layer), `body` (BOIL: all
-      but the last layer), `no_norm` (norm layers are meta-learned only, as in Sharp-MAML's code), or a list of names
-      and patterns such as `["fc.*"]`. `adapted` says which they are.
+      but the last layer), `no_norm` (norm layers are meta-learned only, as in Sharp-MAML's code), a list of names and
+      patterns such as `["fc.*"]`, or a function of a parameter's name and the parameter. `adapted` says which they are.
     - `validation`: where Agnostic-SAM's `L_v` comes from in `meta_loss`: a `duplicate` of the support set (the paper's
       choice), an `augment`ed copy, or a `split` of it. With `duplicate` Agnostic-SAM differs from Sharp-MAML_low of
       radius `rho` only by a term of order `rho**2`.
@@ -75,7 +75,7 @@ class MetaLearner(nn.Module):
         lr: InnerRate,
         rule: Rule,
         *,
-        adapt: Adapt | Sequence[str] = "all",
+        adapt: Adapted = "all",
         validation: Validation = "duplicate",
         norm: Norm = "transductive",
         zero_head: bool | Sequence[str] = False,

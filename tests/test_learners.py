@@ -183,3 +183,12 @@ def test_a_switch_of_the_rule_cannot_be_set_to_no_effect() -> None:
     learner = MetaAgnosticSAM(torch.nn.Linear(2, 2), lr=0.1, rho=0.1)
     with pytest.raises(FewShotError, match="rho is of the learner's rule"):
         learner.rho = 0.5
+
+
+def test_what_is_adapted_may_be_said_by_a_function() -> None:
+    by_function = MAML(smooth_net(), 0.1, adapt=lambda name, value: value.ndim > 1 and "head" not in name)
+    by_names = MAML(smooth_net(), 0.1, adapt=["first.weight", "second.weight"])
+    assert by_function.adapted == by_names.adapted
+    assert deviation(meta_gradient(by_function, episodes()), meta_gradient(by_names, episodes())) == 0
+    with pytest.raises(FewShotError, match="adapt fits no trainable parameter of SmoothNet"):
+        MAML(smooth_net(), 0.1, adapt=lambda name, value: False)

@@ -14,6 +14,7 @@ from fewshot_asam.errors import require_one_of
 from fewshot_asam.models import cpu_kernels
 from fewshot_asam.models.adapted import (
     Adapt,
+    Adapted,
     adapted_names,
     drop_running_statistics,
     norm_layers,
@@ -31,6 +32,7 @@ __all__ = [
     "MODELS",
     "OURS",
     "Adapt",
+    "Adapted",
     "Conv4",
     "ConvBlock",
     "ResNet12",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +15,10 @@ from fewshot_asam.errors import FewShotError, require_one_of
 
 Adapt = Literal["all", "head", "body", "no_norm"]
 """Which parameters the inner loop changes."""
+Predicate = Callable[[str, nn.Parameter], bool]
+"""The same as a function of a parameter's name and the parameter."""
+Adapted = Adapt | Sequence[str] | Predicate
+"""Any way to say it: in a word, by names and patterns, or by a function."""
 
 
 def takes_support(model: nn.Module) -> bool:
@@ -27,11 +31,13 @@ def norm_layers(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if re.search(r"Norm(\dd)?$", type(layer).__name__)]
 
 
-def adapted_names(model: nn.Module, adapt: Adapt | Sequence[str]) -> tuple[str, ...]:
+def adapted_names(model: nn.Module, adapt: Adapted) -> tuple[str, ...]:
     """Names of the trainable parameters that the inner loop changes; see `meta.MetaLearner`."""
     names = [name for name, value in model.named_parameters() if value.requires_grad]
     if not names:
         raise FewShotError(f"{type(model).__name__} has no trainable parameter; there is nothing to adapt")
+    if callable(adapt):
+        return _fitting(model, adapt)
     if not isinstance(adapt, str):
         return _matching(names, adapt, model)
     require_one_of("adapt", adapt, get_args(Adapt))
@@ -46,6 +52,13 @@ def adapted_names(model: nn.Module, adapt: Adapt | Sequence[str]) -> tuple[str, 
     if not chosen:
         raise FewShotError(f"adapt {adapt!r} leaves {type(model).__name__} no parameter to adapt; choose another")
     return tuple(chosen)
+
+
+def _fitting(model: nn.Module, adapt: Predicate) -> tuple[str, ...]:
+    chosen = tuple(name for name, value in model.named_parameters() if value.requires_grad and adapt(name, value))
+    if not chosen:
+        raise FewShotError(f"adapt fits no trainable parameter of {type(model).__name__}; expected one that is true")
+    return chosen
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str], model: nn.Module) -> tuple[str, ...]:

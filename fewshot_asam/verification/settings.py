@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewshot_asam.engine import InnerLoop, Objective
 from fewshot_asam.engine.functional import FunctionalModel
 from fewshot_asam.errors import FewShotError, require_one_of
-from fewshot_asam.models import Adapt, adapted_names, require_replaceable, require_stateless, takes_support
+from fewshot_asam.models import Adapted, adapted_names, require_replaceable, require_stateless, takes_support
 from fewshot_asam.rules import Rule, require_rule
 from fewshot_asam.rules.validation_sets import Validation
 
@@ -24,7 +24,7 @@ def checked_inner_loop(
     model: nn.Module,
     lr: InnerRate,
     rule: Rule,
-    adapt: Adapt | Sequence[str],
+    adapt: Adapted,
     validation: Validation,
     norm: Norm,
     zero_head: bool | Sequence[str],

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 
 from fewshot_asam.engine.execution import ExecutionMode
 from fewshot_asam.engine.inner_loop import InnerLoop
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.models import OURS, adapted_names
+from fewshot_asam.models import OURS, Adapted, adapted_names
 from fewshot_asam.verification.diagnosis import Call, diagnosed, logits_from, own_function
 from fewshot_asam.verification.finite_differences import Mode, Order
 
@@ -18,7 +17,7 @@ from fewshot_asam.verification.finite_differences import Mode, Order
 class Trials:
     """Trials of the model of `inner_loop`, none where `wanted` is False or the model is this package's own."""
 
-    def __init__(self, inner_loop: InnerLoop, adapt: str | Sequence[str]) -> None:
+    def __init__(self, inner_loop: InnerLoop, adapt: Adapted) -> None:
         self.inner_loop, self.adapt = inner_loop, adapt
         self.wanted = True
         self._known: dict[object, str] = {}
