@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 
 from fewshot_asam.engine import Choice
-from fewshot_asam.models import MODELS
+from fewshot_asam.models import MODELS, Adapted
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.allocator import peak_memory
 from fewshot_asam.training.checkpoint import latest_state
@@ -29,8 +29,7 @@ def opening(state: TrainState, choice: Choice) -> Iterator[str]:
     classes = " / ".join(str(len(images.names)) for images in (dataset.train, dataset.val, dataset.test))
     yield f"{config.dataset}: {classes} classes for training / validation / test"
     if learner.adapt != "all":
-        wanted = learner.adapt if isinstance(learner.adapt, str) else ", ".join(learner.adapt)
-        yield f"adapt {wanted}: the inner loop changes {_layers(learner.adapted)}"
+        yield f"adapt {_wanted(learner.adapt)}: the inner loop changes {_layers(learner.adapted)}"
     if learner.zero_head and config.model not in MODELS:
         yield f"every task starts with zeros in {_layers(learner.inner_loop.zeroed)}"
     yield f"engine {choice.name}{_options(state)}: {choice.reason}"
@@ -38,6 +37,12 @@ def opening(state: TrainState, choice: Choice) -> Iterator[str]:
         yield f"all {config.iterations} iterations are done; raise --iterations to go on"
     elif state.finished:
         yield f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on"
+
+
+def _wanted(adapt: Adapted) -> str:
+    if isinstance(adapt, str):
+        return adapt
+    return getattr(adapt, "__qualname__", "a function") if callable(adapt) else ", ".join(adapt)
 
 
 def _layers(parameters: tuple[str, ...]) -> str:
