@@ -201,6 +201,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> Any:
 
 def said(argv: Sequence[str], name: str) -> str:
     """What the words, or a file that they name by `--config`, say last of one setting; empty where nothing."""
+    _require_values(argv)
     files, flags = _files_apart(argv)
     option, found = f"--{name.replace('_', '-')}", ""
     for file in files:
