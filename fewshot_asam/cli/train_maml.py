@@ -28,7 +28,7 @@ with importing():
 FLAGS = [field.name for field in fields(TrainConfig) if is_flag(field)]
 
 
-def _parser(defaults: TrainConfig, rule: Any) -> Parser:
+def _parser(defaults: TrainConfig, rule: Any = None) -> Parser:
     """The settings of a run and, where the rule is somebody's, its fields in place of those of the same names."""
     parser = Parser(prog="train_maml", description=__doc__)
     parser.add_argument("--config", action="config", help="YAML file of these settings; flags override it")
