@@ -42,7 +42,7 @@ class Network:
         """What the model has by that name; raises `AttributeError` where it has nothing."""
         if name.startswith("__"):  # of protocols such as copying, which look for them on any object
             raise AttributeError(name)
-        return self.model.attribute(self.params, name)
+        return self.model.attribute(self.params, name, self.trials.require_part)
 
 
 Closure = Callable[[Network], Tensor]

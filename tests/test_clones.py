@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from fewshot_asam import MAML, FewShotError
 from problems import deviation, episodes, seeded, smooth_net
@@ -110,6 +111,62 @@ def test_what_would_have_the_meta_parameters_is_refused(part: Any) -> None:
         part(learner.clone())
     assert learner.model.training
     assert all(value.requires_grad for value in learner.parameters())
+
+
+class DetachedNorm(nn.Module):
+    """Its backward pass takes the mean for a constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0).detach()
+
+
+class Listed(nn.Module):
+    """Takes its weight from a list, which adaptation does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+        self.weights = [self.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weights[0]
+
+
+class Partly(Backbone):
+    """A layer that goes wrong, which `forward` does not use."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.normed = nn.Sequential(nn.Tanh(), layer)
+
+    def encoded(self, x: Tensor) -> Tensor:
+        return self.normed(self.features(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (DetachedNorm, r"gradient of layer 'normed\.1' \(DetachedNorm\) by PyTorch is wrong"),
+        (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), r"derivative of layer 'normed\.1.* is wrong"),
+        (Listed, "has a parameter 'weight' that forward takes from somewhere else"),
+    ],
+)
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda net, x: net.encoded(x),
+        lambda net, x: net.normed(net.features(x)),
+        lambda net, x: net.normed[1](net.features(x)),
+    ],
+    ids=["method", "layer", "inner layer"],
+)
+def test_a_part_that_is_differentiated_wrongly_is_refused(part: Any, make: Any, message: str) -> None:
+    learner, batch = MAML(seeded(Partly, make()), 0.5), episodes(tasks=1)
+    loss = lambda net: F.cross_entropy(net.head(part(net, batch.support_x[0])), batch.support_y[0])  # noqa: E731
+    with pytest.raises(FewShotError, match=message):
+        learner.clone().adapt(loss)
+    learner.check = False
+    learner.clone().adapt(loss)
 
 
 def test_what_the_model_has_not() -> None:
