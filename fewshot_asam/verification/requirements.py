@@ -36,8 +36,8 @@ def require_stateless(case: Case) -> None:
     args, kwargs = case.arguments(leaves, given)
     state = {name: value.clone() for name, value in case.fixed.items()}
     with attributes_kept(case.model.module):
-        own = {name: value for name, value in leaves.items() if not name.isdigit()}
-        replaced = case.model.replaced(state | own, *args, **kwargs)
+        params = {place: value for place, value in leaves.items() if not place.isdigit()}
+        replaced = case.model.replaced(state | params, *args, **kwargs)
     for name in replaced:
         layer, _, own = name.rpartition(".")
         if name in case.leaves:
