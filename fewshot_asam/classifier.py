@@ -115,7 +115,7 @@ class TrainedRun:
         if ways > trained:
             _say(f"the head is widened from {trained} to {ways} classes, more than the run ever told apart")
         own = stateful(learner).state_dict()
-        fitted = {name: _resized(value, own.get(name)) for name, value in self.weights.items()}
+        fitted = {name: _resized(name, value, own.get(name)) for name, value in self.weights.items()}
         put_weights(fitted, stateful(learner), "the run")
         return learner.to(self.device)
 
@@ -229,11 +229,15 @@ def adapt(learner: MetaLearner, x: Tensor, y: Tensor, steps: int) -> None:
             learner.model.get_parameter(name).copy_(value)
 
 
-def _resized(value: Tensor, like: Tensor | None) -> Tensor:
-    """The first rows of a head that was trained for more classes, or zeros below one that was for fewer."""
+def _resized(name: str, value: Tensor, like: Tensor | None) -> Tensor:
+    """The first rows of a head that was trained for more classes, or zeros below one that was for fewer.
+
+    Inner rates of further rows, which were never learned, are the mean of those that were.
+    """
     if like is None or value.ndim == 0 or value.shape[1:] != like.shape[1:]:
         return value
-    return torch.cat([value[: len(like)], value.new_zeros(max(0, len(like) - len(value)), *value.shape[1:])])
+    row = value.mean(0) if name.startswith("lr.") else torch.zeros_like(value[0])
+    return torch.cat([value[: len(like)], row.expand(max(0, len(like) - len(value)), *row.shape)])
 
 
 def _say(message: str) -> None:

@@ -13,7 +13,7 @@ from fewshot_asam import engine
 from fewshot_asam.engine import InnerLoop
 from fewshot_asam.engine.functional import FunctionalModel
 from fewshot_asam.engine.gradients import autograd_gradient
-from fewshot_asam.engine.inner_loop import step
+from fewshot_asam.engine.inner_loop import require_all, step
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.rules import Gradient, rule_name
 from fewshot_asam.rules.graph import graph
@@ -42,7 +42,7 @@ class Network:
         """What the model has by that name; raises `AttributeError` where it has nothing."""
         if name.startswith("__"):  # of protocols such as copying, which look for them on any object
             raise AttributeError(name)
-        return self.model.attribute(self.params, name)
+        return self.model.attribute(self.params, name, self.trials.require_part)
 
 
 Closure = Callable[[Network], Tensor]
@@ -124,6 +124,7 @@ class Task:
 
     def _gradient(self, inner_loop: InnerLoop, closure: Closure) -> Gradient:
         def gradient(params: Params) -> Params:
+            require_all(inner_loop, params)
             with graph(not inner_loop.first_order):
                 return autograd_gradient(lambda at: closure(self._network(at)), params)
 

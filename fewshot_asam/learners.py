@@ -109,7 +109,7 @@ class MetaLearner(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SWITCHES:
             raise FewShotError(f"{name} is of the learner's rule; set rule = dataclasses.replace(rule, {name}=...)")
-        if name == "lr":  # which may have been a parameter or a module until now
+        if name in ("lr", "rule", "loss"):  # which may have been a parameter or a module until now
             for place in (self.__dict__, self._parameters, self._modules):
                 place.pop(name, None)
         super().__setattr__(name, value)
@@ -247,9 +247,10 @@ class MetaLearner(nn.Module):
         own = self.inner_loop
         if loss is None or loss is own.loss:
             return own
-        if self._other is None or self._other[0] is not own or self._other[1].loss is not loss:
-            self._other = own, replace(own, loss=loss, prepared={})
-        return self._other[1]
+        other = self._other  # read once, as another thread may put one of its own there
+        if other is None or other[0] is not own or other[1].loss is not loss:
+            other = self._other = own, replace(own, loss=loss, prepared={})
+        return other[1]
 
     def _require_logits(self, batch: Batch) -> None:
         """Raises `FewShotError` for what are not logits, and for labels that the model has none for."""

@@ -486,3 +486,13 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         load_run(tmp_path)
     with pytest.raises(FewShotError, match="is not the folder of a run"):
         load_run(tmp_path / "missing")
+
+
+def test_a_widened_head_has_rates_for_its_new_rows(tmp_path: Path) -> None:
+    """Rates of elements, learned for three classes: the answers for the other two move as well."""
+    run = run_of(tmp_path, learned_rates="element", inner_steps=3)
+    own = task(ways=5, shots=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head = run.fit(own.support_x[0], own.support_y[0], invert=False).model.head.weight
+    assert (head.norm(dim=1) > 1e-3).all()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from fewshot_asam import MAML, FewShotError
 from problems import deviation, episodes, seeded, smooth_net
@@ -20,7 +22,28 @@ class Backbone(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(256, 6), nn.Tanh())
         self.head = nn.Linear(6, 3)
+        self.again = self.head
         self.temperature = 2.0
+        self.finish = lambda features: self.head(features) / 2
+        self.listed = [self.body, self.head]
+
+    @property
+    def scaled_head(self) -> Tensor:
+        return self.head.weight / 2
+
+    @property
+    def last(self) -> nn.Module:
+        return self.head
+
+    def whole(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def layers(self) -> Iterator[nn.Module]:
+        yield from self.children()
+
+    def stages(self, x: Tensor) -> Iterator[Tensor]:
+        yield self.features(x)
+        yield self(x)
 
     def features(self, x: Tensor) -> Tensor:
         return self.body(x.flatten(1))
@@ -37,6 +60,16 @@ PARTS: dict[str, Any] = {
     "method": lambda net, x: net.head(net.features(x)) / net.temperature,
     "layers": lambda net, x: net.head(net.body(x.flatten(1))) / 2,
     "one by one": lambda net, x: net.head(net.body[1](net.body[0](x.flatten(1)))) / 2,
+    "property": lambda net, x: F.linear(net.features(x), net.scaled_head, net.head.bias / 2),
+    "alias": lambda net, x: net.again(net.features(x)) / 2,
+    "values of an alias": lambda net, x: F.linear(net.features(x), net.again.weight, net.again.bias) / 2,
+    "property of a layer": lambda net, x: net.last(net.features(x)) / 2,
+    "function": lambda net, x: net.finish(net.features(x)),
+    "calls itself": lambda net, x: net.whole(x),
+    "generator": lambda net, x: list(net.stages(x))[-1],
+    "parameters": lambda net, x: F.linear(net.features(x), *list(net.parameters())[2:]) / 2,
+    "state": lambda net, x: F.linear(net.features(x), *(net.head.state_dict(keep_vars=True).values())) / 2,
+    "names": lambda net, x: F.linear(net.features(x), *dict(net.head.named_parameters()).values()) / 2,
     "values": lambda net, x: F.linear(net.features(x), net.head.weight, net.head.bias) / 2,
 }
 
@@ -56,6 +89,84 @@ def test_parts_of_a_task_have_its_parameters(part: str) -> None:
     assert deviation(gradient(PARTS[part]), gradient(lambda net, x: net(x))) < 1e-12
     before = learner.model.head.weight.clone()
     torch.testing.assert_close(learner.model.head.weight, before)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda net: net.listed,
+        lambda net: list(net.children()),
+        lambda net: net.layers(),
+        lambda net: net.eval(),
+        lambda net: net.body.train(),
+        lambda net: net.double(),
+        lambda net: net.modules(),
+        lambda net: net.body[0].requires_grad_(False),
+        lambda net: net.get_submodule("head"),
+    ],
+)
+def test_what_would_have_the_meta_parameters_is_refused(part: Any) -> None:
+    learner = MAML(seeded(Backbone), 0.5)
+    with pytest.raises(FewShotError, match=r"of a task gives modules|was called on a task"):
+        part(learner.clone())
+    assert learner.model.training
+    assert all(value.requires_grad for value in learner.parameters())
+
+
+class DetachedNorm(nn.Module):
+    """Its backward pass takes the mean for a constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0).detach()
+
+
+class Listed(nn.Module):
+    """Takes its weight from a list, which adaptation does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+        self.weights = [self.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weights[0]
+
+
+class Partly(Backbone):
+    """A layer that goes wrong, which `forward` does not use."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.normed = nn.Sequential(nn.Tanh(), layer)
+
+    def encoded(self, x: Tensor) -> Tensor:
+        return self.normed(self.features(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (DetachedNorm, r"gradient of layer 'normed\.1' \(DetachedNorm\) by PyTorch is wrong"),
+        (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), r"derivative of layer 'normed\.1.* is wrong"),
+        (Listed, "has a parameter 'weight' that forward takes from somewhere else"),
+    ],
+)
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda net, x: net.encoded(x),
+        lambda net, x: net.normed(net.features(x)),
+        lambda net, x: net.normed[1](net.features(x)),
+    ],
+    ids=["method", "layer", "inner layer"],
+)
+def test_a_part_that_is_differentiated_wrongly_is_refused(part: Any, make: Any, message: str) -> None:
+    learner, batch = MAML(seeded(Partly, make()), 0.5), episodes(tasks=1)
+    loss = lambda net: F.cross_entropy(net.head(part(net, batch.support_x[0])), batch.support_y[0])  # noqa: E731
+    with pytest.raises(FewShotError, match=message):
+        learner.clone().adapt(loss)
+    learner.check = False
+    learner.clone().adapt(loss)
 
 
 def test_what_the_model_has_not() -> None:

@@ -65,24 +65,28 @@ def build(rule: str, validation: str) -> MetaLearner:
     return made_learner(model, 0.1, rule, validation=validation, engine="loop")
 
 
-def trained(rule: str, validation: str) -> tuple[Tensor, Tensor]:
+def trained(rule: str, validation: str, outer_rho: float) -> tuple[Tensor, Tensor]:
     """The numbers of some iterations and the parameters after them."""
-    config = TrainConfig(meta_lr=1e-2, inner_steps=2, clip_grad=0.5, ways=3, meta_batch_size=TASKS)
+    config = TrainConfig(meta_lr=1e-2, inner_steps=2, clip_grad=0.5, ways=3, meta_batch_size=TASKS, outer_rho=outer_rho)
     learner = build(rule, validation)
     adam = meta_step.optimizer(learner, config)
     rates, iterate = meta_step.schedule(adam, config), meta_step.iteration(learner, adam, config)
     generator, numbers = torch.Generator().manual_seed(0), []
     for index in range(4):
-        numbers.append(iterate(learner.batch(episodes(tasks=TASKS, seed=index), generator)))
+        batch = learner.batch(episodes(tasks=TASKS, seed=index), generator, [0.4, 0.6] if outer_rho else None)
+        numbers.append(iterate(batch))
         rates.step()
     return torch.stack(numbers), nn.utils.parameters_to_vector(learner.parameters()).detach()
 
 
-@pytest.mark.parametrize(("rule", "validation"), [("maml", "duplicate"), ("agnostic_sam", "augment")])
-def test_processes_take_the_steps_of_one(tmp_path: Path, rule: str, validation: str) -> None:
-    (expected,) = results(tmp_path, 1, trained, rule, validation)
-    for count in (2, 3):
-        found = results(tmp_path, count, trained, rule, validation)
+@pytest.mark.parametrize(
+    ("rule", "validation", "outer_rho"),
+    [("maml", "duplicate", 0.0), ("agnostic_sam", "augment", 0.0), ("agnostic_sam", "augment", 0.1)],
+)
+def test_processes_take_the_steps_of_one(tmp_path: Path, rule: str, validation: str, outer_rho: float) -> None:
+    (expected,) = results(tmp_path, 1, trained, rule, validation, outer_rho)
+    for count in (2,) if outer_rho else (2, 3):
+        found = results(tmp_path, count, trained, rule, validation, outer_rho)
         for value in found:
             assert deviation(value[0], expected[0]) < 1e-12
             assert deviation(value[1], expected[1]) < 1e-12

@@ -102,3 +102,27 @@ def test_backward_adds_the_same_gradient() -> None:
 def test_as_many_weights_as_steps() -> None:
     with pytest.raises(FewShotError, match="2 step_weights and 3 steps were given; expected one of each"):
         MAML(smooth_net(), 0.1).meta_loss(episodes(), 3, step_weights=[0.5, 0.5])
+
+
+def test_a_loss_may_be_set_later() -> None:
+    learner = MAML(smooth_net(), 0.1, loss=nn.CrossEntropyLoss(label_smoothing=0.2))
+    smooth = learner.meta_loss(episodes(), 2).loss.item()
+    learner.loss = F.cross_entropy
+    assert learner.meta_loss(episodes(), 2).loss.item() != pytest.approx(smooth, rel=1e-3)
+    learner.loss = nn.CrossEntropyLoss(label_smoothing=0.2)
+    assert learner.meta_loss(episodes(), 2).loss.item() == smooth
+
+
+class Interrupted(MAML):
+    """Another thread asks for a loss of its own as soon as one is kept."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_other" and value is not None and value[1].loss is smoothed:
+            self._with_loss(F.nll_loss)
+
+
+def test_threads_with_losses_of_their_own() -> None:
+    learner = Interrupted(smooth_net(), 0.1)
+    assert learner._with_loss(smoothed).loss is smoothed
+    assert learner._with_loss(F.nll_loss).loss is F.nll_loss

@@ -15,9 +15,10 @@ from fewshot_asam import FewShotError, MetaLearner, TrainConfig
 from fewshot_asam.analysis.congruence import congruence
 from fewshot_asam.cli import eval_maml, train_maml
 from fewshot_asam.rules import rule_class, rule_name
+from fewshot_asam.rules.maml import MAMLRule
 from fewshot_asam.rules.sharp_maml_low import SharpMAMLRule
 from fewshot_asam.training.config import from_yaml
-from own_rules import Forgetful, HeavyBall, MySAM
+from own_rules import Counting, Curved, Forgetful, HeavyBall, MySAM, Partial, Shrinking
 from problems import deviation, episodes, meta_gradient, smooth_net
 
 WAYS_TO_RUN: list[dict[str, Any]] = [
@@ -154,3 +155,53 @@ def test_mistakes_cost_one_line(words: str, message: str, tmp_path: Path, capfd:
     assert error.count("\n") == 1
     with pytest.raises(FewShotError, match="inner_settings of own_rules:MySAM: there is no setting 'tau'"):
         TrainConfig(inner="own_rules:MySAM", inner_settings={"tau": 1})
+
+
+@pytest.mark.parametrize("options", WAYS_TO_RUN, ids=str)
+def test_a_state_of_whole_numbers_and_parameters_in_another_order(options: dict[str, Any]) -> None:
+    """Against MAML's steps of rates that are written out."""
+    model, batch = smooth_net(), episodes()
+
+    class Shorter(torch.nn.Module):
+        def forward(self, step: int) -> dict[str, float]:
+            return {name: 0.2 / (step + 1) for name, _ in model.named_parameters()}
+
+    expected = meta_gradient(MetaLearner(model, Shorter(), MAMLRule(), engine="loop"), batch)
+    found = meta_gradient(MetaLearner(model, 0.2, Counting(torch.tensor(0)), **options), batch)
+    assert deviation(found, expected) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        (Partial(), {"engine": "loop"}, "asked for the gradient at 2 of 10 parameters; expected all of them"),
+        (Partial(), {"engine": "vmap"}, "asked for the gradient at 2 of 10 parameters; expected all of them"),
+        (Curved(), {"engine": "vmap"}, "differentiates a gradient itself, which vmap cannot do; use engine='loop'"),
+        (Counting(), {"engine": "loop"}, "the rule remembers 0, a int; expected tensors alone"),
+        (Shrinking(), {"engine": "loop", "recompute": True}, r"use a parameter of shape \[\] .* use recompute=False"),
+        (Shrinking(), {"engine": "vmap", "recompute": True}, r"use a parameter of shape \[\] .* use recompute=False"),
+    ],
+)
+def test_what_would_be_wrong_without_a_word(rule: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FewShotError, match=message):
+        meta_gradient(MetaLearner(smooth_net(), 0.1, rule, **options), episodes())
+
+
+def test_a_gradient_at_some_parameters_in_a_loop_of_ones_own() -> None:
+    batch = episodes()
+    with pytest.raises(FewShotError, match="2 of 10 parameters"):
+        MetaLearner(smooth_net(), 0.1, Partial()).clone().adapt(
+            lambda net: F.cross_entropy(net(batch.support_x[0]), batch.support_y[0])
+        )
+
+
+def test_the_parameter_of_a_rule_is_learned() -> None:
+    rule = Shrinking()
+    learner, batch = MetaLearner(smooth_net(), 0.1, rule, engine="vmap"), episodes()
+    found = torch.autograd.grad(learner.meta_loss(batch, 3).loss, rule.by)[0].item()
+
+    def at(value: float) -> float:
+        rule.by.data.fill_(value)
+        return learner.meta_loss(batch, 3).loss.item()
+
+    assert found == pytest.approx((at(0.9 + 1e-5) - at(0.9 - 1e-5)) / 2e-5, rel=1e-6)

@@ -130,3 +130,47 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 def test_rates_of_another_model_are_refused() -> None:
     with pytest.raises(FewShotError, match=r"no inner learning rate for parameter 'first\.weight'"):
         MAML(smooth_net(), LearnedRates(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_a_rate_that_is_computed(engine: str, recompute: bool) -> None:
+    """The logarithm of a rate is learned: its graph is one for all tasks, and there are two."""
+    log_rate = nn.Parameter(torch.tensor(0.1, dtype=torch.float64).log())
+    learner = MAML(smooth_net(), log_rate.exp(), engine=engine, recompute=recompute)
+    learner.meta_backward(episodes(), STEPS)
+    rate = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    plain = MAML(smooth_net(), rate, engine=engine)
+    plain.meta_loss(episodes(), STEPS).loss.backward()
+    assert log_rate.grad is not None
+    assert rate.grad is not None
+    assert log_rate.grad.item() == pytest.approx(0.1 * rate.grad.item(), rel=1e-12)
+    found, expected = ([value.grad for value in one.model.parameters()] for one in (learner, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Positive(nn.Module):
+    """Rates that are computed anew in each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.names = [name for name, _ in model.named_parameters()]
+
+    def forward(self, step: int) -> dict[str, Tensor]:
+        return dict.fromkeys(self.names, F.softplus(self.raw) / (step + 1))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_a_module_that_computes_rates(engine: str, recompute: bool) -> None:
+    model = smooth_net()
+    learner = MAML(model, Positive(model), engine=engine, recompute=recompute)
+    learner.meta_backward(episodes(), STEPS)
+    found = learner.lr.raw.grad.item()
+
+    def at(value: float) -> float:
+        learner.lr.raw.data.fill_(value)
+        return learner.meta_loss(episodes(), STEPS).loss.item()
+
+    assert found == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-6)

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from fewshot_asam import EpisodeSampler, FewShotError, TrainConfig, train
 from fewshot_asam.cli import eval_maml
+from fewshot_asam.runtime.distributed import PeerLost
 from fewshot_asam.training.build import build_learner
+from fewshot_asam.training.meta_step import _sharpness_aware
 from fewshot_asam.training.schedules import step_weights
-from own_parts import own_dataset
+from own_parts import learned_rate, own_dataset
 
 ITERATIONS = 6
 CONFIG = TrainConfig(
@@ -114,6 +116,38 @@ def test_a_stopped_run_goes_on_in_its_phase(name: str, tmp_path: Path) -> None:
         train(replace(parts, iterations=iterations), dataset=own_dataset(), resume=iterations > 2)
     weights = [load_file(tmp_path / name / "last.safetensors") for name in ("whole", "parts")]
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+def test_a_given_learner_keeps_its_own_order(tmp_path: Path) -> None:
+    """The run ends within its first-order phase."""
+    given = learned_rate()
+    train(replace(CONFIG, first_order_iterations=9, output_dir=tmp_path), learner=given, dataset=own_dataset())
+    assert given.first_order is False
+
+
+def test_a_gradient_that_fails_leaves_the_weights_where_they_were() -> None:
+    """Where another process is lost, a checkpoint is made of them."""
+    parameter, calls = torch.nn.Parameter(torch.tensor([0.1, 0.7])), 0
+
+    def gradient(_: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise PeerLost("gone")
+        return torch.tensor([1.0, 2.0, 0.0, 0.0])
+
+    with pytest.raises(PeerLost):
+        _sharpness_aware(gradient, [parameter], 0.3)(None)  # type: ignore[arg-type]
+    assert parameter.tolist() == torch.tensor([0.1, 0.7]).tolist()
+
+
+def test_snapshots_of_a_lost_life_are_removed(tmp_path: Path) -> None:
+    """The newer checkpoint and its line of metrics are lost; the run then ends before it comes so far again."""
+    config = replace(CONFIG, keep_snapshots=True, checkpoint_every=2, output_dir=tmp_path)
+    train(config, dataset=own_dataset())
+    (tmp_path / "checkpoints" / f"{ITERATIONS:010d}.ckpt").unlink()
+    train(replace(config, iterations=5), dataset=own_dataset(), resume=True)
+    assert sorted(int(path.stem) for path in (tmp_path / "snapshots").iterdir()) == [2, 4, 5]
 
 
 def test_weights_of_the_steps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,13 @@ def meta_backward(inner_loop: InnerLoop, batch: Batch, steps: int, mode: Executi
 
     **Returns:** the output without its graph; gradients are added to the parameters' `.grad`.
     """
+    lr = inner_loop.lr
+    if isinstance(lr, Tensor) and lr.requires_grad and not lr.is_leaf:  # computed once for all tasks: so is its graph
+        own = lr.detach().requires_grad_()
+        output = meta_backward(replace(inner_loop, lr=own), batch, steps, mode)
+        if own.grad is not None:
+            lr.backward(own.grad)  # type: ignore[no-untyped-call]
+        return output
     losses, logits = [], []
     for loss, task_logits in run(inner_loop, batch, steps, mode):
         (loss.sum() / batch.num_tasks).backward()  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from fewshot_asam.engine.functional import FunctionalModel
 from fewshot_asam.engine.gradients import autograd_gradient, functional_gradient, of_all_tasks
 from fewshot_asam.engine.inner_loop import Batch, DataGradient, InnerLoop, State, SupportLoss
 from fewshot_asam.engine.recompute import Recomputed
+from fewshot_asam.errors import FewShotError
 from fewshot_asam.rules import Rates
 from fewshot_asam.rules.perturbations import Params
 
@@ -64,7 +65,9 @@ def run(inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMode) ->
 def _copies(state: State, tasks: tuple[int, ...]) -> State:
     """The meta-parameters with a leading dimension of tasks, as non-leaf tensors like those of the later steps."""
 
-    def copied(value: Tensor) -> Tensor:
+    def copied(value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise FewShotError(f"the rule remembers {value!r}, a {type(value).__name__}; expected tensors alone")
         return value.expand((*tasks, *value.shape)).contiguous()
 
     return pytree.tree_map(copied, state)  # type: ignore[no-any-return]

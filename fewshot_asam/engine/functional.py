@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +13,16 @@ from torch import Tensor, nn
 from torch.backends import cudnn, mha
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from fewshot_asam.errors import FewShotError
 
 exclusive = threading.RLock()
 """Held while a model has other values, as PyTorch puts them into the module itself, and while its own are read."""
+
+Tried = Callable[[str, tuple[Any, ...], dict[str, Any]], object]
+READ = ("forward", "parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "extra_repr")
+"""What any module can be asked for while it has other values; the rest changes modules or gives them away."""
 
 
 class FunctionalModel:
@@ -44,26 +49,41 @@ class FunctionalModel:
         with self.alone():
             return functional_call(self.module, values, args, kwargs, tie_weights=False)
 
-    def attribute(self, params: dict[str, Tensor], name: str) -> Any:
+    def attribute(self, params: dict[str, Tensor], name: str, tried: Tried = lambda *_: None) -> Any:
         """What the module has by that name, a dotted path: values with `params` in place, what can be called as such.
 
-        Raises `AttributeError` where it has nothing.
+        - `tried`: called with that name and the arguments before a layer or a method is.
+
+        Raises `AttributeError` where it has nothing, and `FewShotError` for what would have the module's own values.
         """
-        if any(name in places for places in self._places.values()):
-            return next(value for place, value in self._values(params).items() if place == name)
-        found = _found(self.module, name)
+        found = self._within(params, lambda module: found_in(module, name))
         if isinstance(found, nn.Module):
-            return _Layer(self, params, name)
-        return partial(self._called, params, name) if inspect.ismethod(found) else found
+            return _Layer(self, params, name, tried)
+        if not callable(found) or isinstance(found, type):
+            return _independent(found, name)
+        owner = found_in(self.module, name.rpartition(".")[0])
+        own = name.rpartition(".")[2]
+        if own not in READ and getattr(type(owner), own, None) is getattr(nn.Module, own, self):
+            raise FewShotError(
+                f"{name}() was called on a task, which has no modules of its own; call it on the learner's model"
+            )
+        return _Method(self, params, name, tried)
 
-    def _values(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = dict((*self.module.named_parameters(), *self.module.named_buffers()))
-        return self._placed(own | params)
+    def called(self, params: dict[str, Tensor], name: str, *args: Any, **kwargs: Any) -> Any:
+        """What a layer or a method of that name returns."""
 
-    def _called(self, params: dict[str, Tensor], name: str, *args: Any, **kwargs: Any) -> Any:
+        def call(module: nn.Module) -> Any:
+            found = found_in(module, name)(*args, **kwargs)
+            return _Drawn(found) if isinstance(found, Iterator) else found  # while the values are in place
+
+        found = _independent(self._within(params, call), name)
+        return iter(found) if isinstance(found, _Drawn) else found
+
+    def _within(self, params: dict[str, Tensor], function: Callable[[nn.Module], Any]) -> Any:
+        """A function of the module with `params` in place of its own values."""
         values = {f"module.{place}": value for place, value in self._placed(params).items()}
         with self.alone():
-            return functional_call(_Caller(self.module), values, (name, *args), kwargs, tie_weights=False)
+            return functional_call(_Holder(self.module), values, (function,), tie_weights=False)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The module's own parameters, by name."""
@@ -101,43 +121,67 @@ class FunctionalModel:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A layer, or another part, of a module with other values for its parameters."""
+class _Method:
+    """What a module can be asked for, with other values for its parameters."""
 
     model: FunctionalModel
     params: dict[str, Tensor]
     name: str
+    tried: Tried
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model._called(self.params, self.name, *args, **kwargs)
+        self.tried(self.name, args, kwargs)
+        return self.model.called(self.params, self.name, *args, **kwargs)
+
+
+class _Layer(_Method):
+    """A layer, or another part, of a module with other values for its parameters."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self.model.attribute(self.params, f"{self.name}.{name}")
+        return self.model.attribute(self.params, f"{self.name}.{name}", self.tried)
 
     def __getitem__(self, index: int | str) -> Any:
         return getattr(self, str(index if isinstance(index, str) else range(len(self))[index]))
 
     def __len__(self) -> int:
-        return len(_found(self.model.module, self.name))
+        return len(found_in(self.model.module, self.name))
 
 
-class _Caller(nn.Module):
-    """Calls a part of a module by its name."""
+class _Drawn(list[Any]):
+    """What an iterator gave."""
+
+
+class _Holder(nn.Module):
+    """Gives a module to a function."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return _found(self.module, name)(*args, **kwargs)
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        return function(self.module)
 
 
-def _found(module: nn.Module, path: str) -> Any:
+def found_in(module: nn.Module, path: str) -> Any:
+    """What a module has by a dotted path, itself by an empty one."""
     found: Any = module
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         found = getattr(found, name)
+    return found
+
+
+def _independent(found: Any, name: str) -> Any:
+    """The same; raises `FewShotError` where it leads to a module, which has its own values again by now."""
+    for leaf in pytree.tree_leaves(list(found) if isinstance(found, _Drawn) else found):
+        behind = [leaf, getattr(leaf, "__self__", None), *getattr(leaf, "__dict__", {}).values()]
+        behind += [cell.cell_contents for cell in getattr(leaf, "__closure__", None) or ()]
+        if not isinstance(leaf, Tensor) and any(isinstance(value, nn.Module) for value in behind):
+            raise FewShotError(
+                f"{name} of a task gives modules, in which its parameters are no longer; call layers by their names, "
+                "as in net.features(x), or the whole network"
+            )
     return found
 
 

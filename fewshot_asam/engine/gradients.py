@@ -62,6 +62,10 @@ class _Outside(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
 
     @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise FewShotError("a rule differentiates a gradient itself, which vmap cannot do; use engine='loop'")
+
+    @staticmethod
     def vmap(info: Any, in_dims: Any, gradient: Gradient, names: tuple[str, ...], *values: Tensor) -> Any:
         moved = (
             value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)

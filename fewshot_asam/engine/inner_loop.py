@@ -151,6 +151,7 @@ def gradients(
 
     def of(x: Tensor, y: Tensor) -> Gradient:
         def grad(params: Params) -> Params:
+            require_all(inner_loop, params)
             with graph(not inner_loop.first_order):
                 return gradient(params, shared, x, y)
 
@@ -158,6 +159,15 @@ def gradients(
 
     train, *val = (of(x, y) for x, y in zip(data[::2], data[1::2], strict=True))
     return train, (val or [train])[0]
+
+
+def require_all(inner_loop: InnerLoop, params: Params) -> None:
+    """Raises `FewShotError` where a rule asks for the gradient at some parameters: the rest would be the model's."""
+    if params.keys() != set(inner_loop.adapted):
+        raise FewShotError(
+            f"rule {rule_name(inner_loop.rule)} asked for the gradient at {len(params)} of "
+            f"{len(inner_loop.adapted)} parameters; expected all of them, of which it may use some"
+        )
 
 
 def step(inner_loop: InnerLoop, state: State, grads: tuple[Gradient, Gradient], lr: Rates) -> State:

@@ -86,10 +86,31 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), ctx.again(), ctx.autocast():
             values = pytree.tree_leaves(ctx.step.function(*pytree.tree_unflatten(leaves, ctx.structure)))
         pairs = [(value, grad) for value, grad in zip(values, grads, strict=True) if value.requires_grad]
+        if not pairs:
+            return (None,) * len(ctx.needs_input_grad)
+        _require_own([value for value, _ in pairs], leaves)
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         outputs, cotangents = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
         return None, None, None, *(next(found) if need else None for need in needed)
+
+
+def _require_own(values: list[Tensor], leaves: list[Any]) -> None:
+    """Raises `FewShotError` where a gradient would be lost, being of a parameter that is no input of the step."""
+    own, seen, nodes = {id(leaf) for leaf in leaves}, set(), [value.grad_fn for value in values]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        held = getattr(node, "variable", None)
+        if held is not None and id(held) not in own:
+            raise FewShotError(
+                f"the inner steps use a parameter of shape {list(held.shape)} that is neither the model's nor an inner "
+                "rate, such as one of the loss or of the rule, whose gradient recompute would lose; use "
+                "recompute=False"
+            )
+        nodes.extend(after for after, _ in node.next_functions)
 
 
 def _autocast(kind: str) -> Callable[[], torch.autocast]:

@@ -78,12 +78,12 @@ def train(
         require_same_everywhere({"the learner's layout": layout(state.learner), **data_digests(state.identity)})
         if distributed.size() > 1:  # a learner that was given, or a model of somebody's own, may begin anywhere
             state.learner.load_state_dict(distributed.broadcast(weights(state.learner)))
-        asked = state.learner.engine
+        asked, first_order = state.learner.engine, state.learner.first_order
         try:
             with run_folder.opened(config, resume) as state.folder:
                 return _run(state, resume, stop)
         finally:
-            state.learner.engine = asked
+            state.learner.engine, state.learner.first_order = asked, first_order
 
 
 def _run(state: TrainState, resume: bool, given: Stop | None) -> dict[str, Any]:

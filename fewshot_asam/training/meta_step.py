@@ -100,13 +100,15 @@ def _sharpness_aware(gradient: Iteration, parameters: Sequence[Tensor], rho: flo
         *slopes, _ = torch.split(here, [*(p.numel() for p in parameters), 2])
         ascent = sam({}, {str(i): slope for i, slope in enumerate(slopes)}, rho)
         before = [parameter.detach().clone() for parameter in parameters]
-        with torch.no_grad():
-            for parameter, move in zip(parameters, ascent.values(), strict=True):
-                parameter += move.view_as(parameter)
-            with torch.enable_grad():
-                there = gradient(batch)
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+        try:
+            with torch.no_grad():
+                for parameter, move in zip(parameters, ascent.values(), strict=True):
+                    parameter += move.view_as(parameter)
+            there = gradient(batch)
+        finally:  # where another process is lost, these weights are saved
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
         return torch.cat([there[:-2], here[-2:]])
 
     return further

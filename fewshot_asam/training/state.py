@@ -159,8 +159,16 @@ class TrainState:
             distributed.all_succeed(lambda: self._load(decode(data, name), name))
 
     def rewrite(self) -> None:
-        """Writes the weights of the restored checkpoint anew, as files may be of a life of the run that was lost."""
-        if distributed.is_first() and self.progress.iteration:
+        """Writes the weights of the restored checkpoint anew, as files may be of a life of the run that was lost.
+
+        Snapshots of such a life are removed.
+        """
+        if not distributed.is_first():
+            return
+        for snapshot in (self.folder / SNAPSHOTS).glob("*.safetensors"):
+            if snapshot.stem.isdigit() and int(snapshot.stem) > self.progress.validated:
+                snapshot.unlink()
+        if self.progress.iteration:
             self._save_weights("last", weights(self.learner))
             if self.best:
                 self._save_weights("best", self.best)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
-from fewshot_asam.engine.functional import FunctionalModel, exclusive
+from fewshot_asam.engine.functional import FunctionalModel, exclusive, found_in
 from fewshot_asam.models import cpu_kernels
 from fewshot_asam.verification import requirements
 from fewshot_asam.verification.finite_differences import IMAGES, Case, Mode, Order, Outcome, tried, undisturbed
@@ -63,6 +63,46 @@ def diagnosed(model: FunctionalModel, adapted: tuple[str, ...], mode: Mode, orde
         return _in_words(layer, kind, mode, outcome, first_order)
 
 
+def part_diagnosed(model: nn.Module, part: str, order: Order, call: Call) -> str:
+    """What is wrong with a layer or a method that is called by itself, for the user; nothing where it is right.
+
+    So is one that cannot be tried by itself, as with images in double precision: where it cannot be differentiated
+    either, it says so.
+    """
+    module = _Part(model, part)
+    function, images = FunctionalModel(module), _first_images(call)
+    with exclusive, requirements.attributes_kept(model):
+        try:
+            case = _runnable(function, images, 1, tuple(function.parameters()), differentiate_inputs=True)
+            with undisturbed(next(iter(case.leaves.values()))):
+                outputs = pytree.tree_leaves(case.output(*case.of_task(0)))
+        except Exception:  # of anyone's model
+            return ""
+        if not any(isinstance(value, Tensor) and value.is_floating_point() for value in outputs):
+            return ""
+        with undisturbed(next(iter(case.leaves.values()))):
+            requirements.require_stateless(case)
+            requirements.require_reached(case)
+        outcome, own = _outcome(case, "loop", order)
+        if not outcome.verdict.startswith("wrong"):
+            return ""
+        found = _culprit(module, images, 1, "loop", order, own) or ("", module, outcome)
+        inner = found[0].removeprefix("module").removeprefix(".")
+        layer, kind, outcome = (inner, found[1], found[2]) if inner else (part, model, outcome)
+        return _in_words(layer, kind, "loop", outcome, order == 2 and tried(case, "loop", 1).verdict == "right")
+
+
+class _Part(nn.Module):
+    """A layer or a method of a module."""
+
+    def __init__(self, module: nn.Module, part: str) -> None:
+        super().__init__()
+        self.module, self.part = module, part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return found_in(self.module, self.part)(*args, **kwargs)
+
+
 def _outcome(case: Case, mode: Mode, order: Order) -> tuple[Outcome, bool]:
     """What is found at the model's own values and beside them, and whether it was found at its own.
 
@@ -75,10 +115,12 @@ def _outcome(case: Case, mode: Mode, order: Order) -> tuple[Outcome, bool]:
     return tried(_moved(case), mode, order), False
 
 
-def _runnable(model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str, ...]) -> Case:
+def _runnable(
+    model: FunctionalModel, call: Call, tasks: int, adapted: tuple[str, ...], differentiate_inputs: bool = False
+) -> Case:
     """The case in double precision; as it is where a model runs in its own precision alone."""
     for precise in (_double, torch.clone):
-        case = _case(model, call, tasks, adapted, precise=precise)
+        case = _case(model, call, tasks, adapted, differentiate_inputs, precise)
         with undisturbed(next(iter(case.leaves.values()))), requirements.attributes_kept(model.module):
             try:
                 case.output(*case.of_task(0))

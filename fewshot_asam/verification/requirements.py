@@ -36,7 +36,8 @@ def require_stateless(case: Case) -> None:
     args, kwargs = case.arguments(leaves, given)
     state = {name: value.clone() for name, value in case.fixed.items()}
     with attributes_kept(case.model.module):
-        replaced = case.model.replaced(state | leaves, *args, **kwargs)
+        params = {place: value for place, value in leaves.items() if not place.isdigit()}
+        replaced = case.model.replaced(state | params, *args, **kwargs)
     for name in replaced:
         layer, _, own = name.rpartition(".")
         if name in case.leaves:

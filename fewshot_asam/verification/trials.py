@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from fewshot_asam.engine.execution import ExecutionMode
 from fewshot_asam.engine.inner_loop import InnerLoop
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.models import OURS, Adapted, adapted_names
-from fewshot_asam.verification.diagnosis import Call, diagnosed, logits_from, own_function
+from fewshot_asam.verification.diagnosis import Call, diagnosed, logits_from, own_function, part_diagnosed
 from fewshot_asam.verification.finite_differences import Mode, Order
 
 
@@ -41,14 +42,29 @@ class Trials:
         ):
             raise FewShotError(problem)
 
+    def require_part(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises `FewShotError` where a layer or a method that is called by itself is differentiated wrongly."""
+        if self._unneeded():
+            return
+        key = (part, *self._asked())
+        if key not in self._known:
+            self._known[key] = part_diagnosed(self.inner_loop.model.module, part, key[1], (args, kwargs))
+        if problem := self._known[key]:
+            raise FewShotError(problem)
+
+    def _asked(self) -> tuple[Order, tuple[bool, ...]]:
+        """The derivatives that are needed, and the layers' modes."""
+        order: Order = 2 if torch.is_grad_enabled() and not self.inner_loop.first_order else 1
+        return order, tuple(layer.training for layer in self.inner_loop.model.module.modules())
+
     def _unneeded(self) -> bool:
         return not self.wanted or type(self.inner_loop.model.module) in OURS or torch.compiler.is_compiling()
 
     def _problem(self, mode: Mode, call: Call) -> str:
         if self._unneeded():
             return ""
-        order: Order = 2 if torch.is_grad_enabled() and not self.inner_loop.first_order else 1
-        key = (mode, order, tuple(layer.training for layer in self.inner_loop.model.module.modules()))
+        order, modes = self._asked()
+        key = (mode, order, modes)
         if key not in self._known:
             problem = diagnosed(self.inner_loop.model, self.inner_loop.adapted, mode, order, call)
             if problem is None:
