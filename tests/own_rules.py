@@ -57,4 +57,20 @@ class Forgetful:
         return dict(list(params.items())[::2]), state
 
 
+@dataclass(frozen=True)
+class Mistyped:
+    """Asks for a parameter that is not there, or gives PyTorch what it cannot add."""
+
+    inside_torch: bool = False
+    needs_validation: ClassVar[bool] = False
+
+    def init(self, params: Any) -> Any:
+        return ()
+
+    def step(self, params: Any, state: Any, train_grad: Any, val_grad: Any, lr: Any) -> Any:
+        if self.inside_torch:
+            return perturbations.add(params, dict.fromkeys(params, "far")), state
+        return {name: params[f"{name}s"] for name in params}, state
+
+
 NOT_A_RULE = 3

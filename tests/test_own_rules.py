@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,18 @@ def test_mistakes_cost_one_line(words: str, message: str, tmp_path: Path, capfd:
     assert error.count("\n") == 1
     with pytest.raises(FewShotError, match="inner_settings of own_rules:MySAM: there is no setting 'tau'"):
         TrainConfig(inner="own_rules:MySAM", inner_settings={"tau": 1})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", r"error: code of your own failed \(KeyError: 'blocks.0.conv.weights', own_rules.py line \d+\)"),
+        ("--inside-torch true", r"error: code of your own failed \(TypeError: .*, own_rules.py line \d+\)"),
+    ],
+)
+def test_an_exception_of_a_rule_is_one_line_that_says_where(
+    words: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--inner", "own_rules:Mistyped", *TINY.split(), *words.split(), "--output-dir", str(tmp_path / "run")]
+    assert train_maml.main(run) == 2
+    assert re.fullmatch(message, capfd.readouterr().err.strip().splitlines()[-1])
