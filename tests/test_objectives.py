@@ -102,3 +102,14 @@ def test_backward_adds_the_same_gradient() -> None:
 def test_as_many_weights_as_steps() -> None:
     with pytest.raises(FewShotError, match="2 step_weights and 3 steps were given; expected one of each"):
         MAML(smooth_net(), 0.1).meta_loss(episodes(), 3, step_weights=[0.5, 0.5])
+
+
+def test_a_loss_that_does_not_fit() -> None:
+    """Cross-entropy takes floats for probabilities of classes: of one class it is 0, whatever is predicted."""
+    batch = Episodes(*(torch.rand(2, 4, 1) for _ in range(4)))
+    learner = MAML(nn.Linear(1, 1), 0.1)
+    with pytest.raises(FewShotError, match="the labels are floats and the loss is cross_entropy; pass a loss="):
+        learner.meta_loss(batch, 1)
+    with pytest.raises(FewShotError, match="loss is 'mse'; expected a function"):
+        learner.meta_loss(batch, 1, loss="mse")  # type: ignore[arg-type]
+    assert learner.meta_loss(batch, 1, loss=F.mse_loss).loss > 0
