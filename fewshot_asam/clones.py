@@ -12,7 +12,7 @@ from torch import Tensor
 from fewshot_asam import engine
 from fewshot_asam.engine import InnerLoop
 from fewshot_asam.engine.functional import FunctionalModel
-from fewshot_asam.engine.gradients import autograd_gradient
+from fewshot_asam.engine.gradients import autograd_gradient, scalar
 from fewshot_asam.engine.inner_loop import require_all, step
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.rules import Gradient, rule_name
@@ -104,7 +104,8 @@ class Task:
         - `allow_unused`: as in learn2learn, where False refuses parameters that the loss does not depend on; here they
           stay as they are.
 
-        **Returns:** the task itself. Raises `FewShotError` for a loss tensor with a rule that needs a closure.
+        **Returns:** the task itself. Raises `FewShotError` for a loss tensor with a rule that needs a closure, and
+        for a loss that has no gradient.
         """
         inner_loop = with_options(self._inner_loop, first_order, allow_unused)
         if torch.is_inference_mode_enabled():
@@ -112,6 +113,8 @@ class Task:
         if isinstance(loss, Tensor):
             self.params = self._descended(inner_loop, loss, steps)
             return self
+        if not callable(loss):
+            raise FewShotError(f"adapt was given {loss!r}; expected a closure from a network to its loss")
         if validation is None and inner_loop.validation != "duplicate" and inner_loop.rule.needs_validation:
             raise FewShotError(f"validation is {inner_loop.validation!r}, but adapt was given no validation= closure")
         train = self._gradient(inner_loop, loss)
@@ -140,7 +143,7 @@ class Task:
                 "loss tensor; pass a closure: task.adapt(lambda net: loss_fn(net(x), y), steps=...)"
             )
         grads = torch.autograd.grad(
-            loss,
+            scalar(loss),
             list(self.params.values()),
             create_graph=not inner_loop.first_order,
             allow_unused=True,

@@ -109,6 +109,8 @@ class MetaLearner(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SWITCHES:
             raise FewShotError(f"{name} is of the learner's rule; set rule = dataclasses.replace(rule, {name}=...)")
+        if name == "model" and not isinstance(value, nn.Module):
+            raise FewShotError(f"model is {value!r}; expected an nn.Module")
         if name in ("lr", "rule", "loss"):  # which may have been a parameter or a module until now
             for place in (self.__dict__, self._parameters, self._modules):
                 place.pop(name, None)
@@ -235,6 +237,11 @@ class MetaLearner(nn.Module):
                 f"{len(batch.step_weights[0])} step_weights and {steps} steps were given; expected one of each"
             )
         inner_loop = self._with_loss(loss)
+        if inner_loop.loss is F.cross_entropy and batch.query[1].is_floating_point():
+            raise FewShotError(
+                "the labels are floats and the loss is cross_entropy; pass a loss= for them, such as mse_loss, or "
+                "class numbers of dtype int64"
+            )
         try:
             return function(inner_loop, batch, steps, self.execution_mode(batch))
         except (IndexError, RuntimeError, TypeError, ValueError):
@@ -247,6 +254,8 @@ class MetaLearner(nn.Module):
         own = self.inner_loop
         if loss is None or loss is own.loss:
             return own
+        if not callable(loss):
+            raise FewShotError(f"loss is {loss!r}; expected a function of predictions and labels")
         other = self._other  # read once, as another thread may put one of its own there
         if other is None or other[0] is not own or other[1].loss is not loss:
             other = self._other = own, replace(own, loss=loss, prepared={})

@@ -27,6 +27,12 @@ def with_dropout(ways: int, shape: tuple[int, int, int]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(flat(shape), 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, ways))
 
 
+def with_batch_norm(ways: int, shape: tuple[int, int, int]) -> nn.Module:
+    """Which `vmap` would differentiate wrongly."""
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    return nn.Sequential(nn.Conv2d(shape[0], 4, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, ways))
+
+
 class RegisteredTwice(nn.Module):
     """One layer under two names, a head that is not registered last and a buffer."""
 

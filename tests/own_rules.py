@@ -119,4 +119,20 @@ class Shrinking(torch.nn.Module):
         return {name: self.by * value - lr[name] * g[name] for name, value in params.items()}, state
 
 
+@dataclass(frozen=True)
+class Mistyped:
+    """Asks for a parameter that is not there, or gives PyTorch what it cannot add."""
+
+    inside_torch: bool = False
+    needs_validation: ClassVar[bool] = False
+
+    def init(self, params: Any) -> Any:
+        return ()
+
+    def step(self, params: Any, state: Any, train_grad: Any, val_grad: Any, lr: Any) -> Any:
+        if self.inside_torch:
+            return perturbations.add(params, dict.fromkeys(params, "far")), state
+        return {name: params[f"{name}s"] for name in params}, state
+
+
 NOT_A_RULE = 3

@@ -203,3 +203,23 @@ def test_what_learn2learn_takes_besides() -> None:
     for refused in (lambda: learner.clone(allow_unused=False), lambda: learner.clone().adapt(None, allow_unused=False)):
         with pytest.raises(FewShotError, match=r"allow_unused is False, but .*; leave it out"):
             refused()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (1.0, "adapt was given 1.0; expected a closure"),
+        (torch.tensor(1.0), "the loss has no gradient"),
+        (torch.zeros(2, 3, requires_grad=True), r"the loss is a tensor \[2, 3\]; expected a tensor of one number"),
+        (lambda net: None, "the loss is None; expected a tensor of one number"),
+        (lambda net: torch.tensor(1.0), "the loss has no gradient"),
+    ],
+)
+def test_what_is_no_loss(loss: Any, message: str) -> None:
+    with pytest.raises(FewShotError, match=message):
+        MAML(smooth_net(), 0.1).clone().adapt(loss)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(FewShotError, match=r"model is 3; expected an nn.Module"):
+        MAML(3, 0.1)  # type: ignore[arg-type]

@@ -126,3 +126,14 @@ def test_threads_with_losses_of_their_own() -> None:
     learner = Interrupted(smooth_net(), 0.1)
     assert learner._with_loss(smoothed).loss is smoothed
     assert learner._with_loss(F.nll_loss).loss is F.nll_loss
+
+
+def test_a_loss_that_does_not_fit() -> None:
+    """Cross-entropy takes floats for probabilities of classes: of one class it is 0, whatever is predicted."""
+    batch = Episodes(*(torch.rand(2, 4, 1) for _ in range(4)))
+    learner = MAML(nn.Linear(1, 1), 0.1)
+    with pytest.raises(FewShotError, match="the labels are floats and the loss is cross_entropy; pass a loss="):
+        learner.meta_loss(batch, 1)
+    with pytest.raises(FewShotError, match="loss is 'mse'; expected a function"):
+        learner.meta_loss(batch, 1, loss="mse")  # type: ignore[arg-type]
+    assert learner.meta_loss(batch, 1, loss=F.mse_loss).loss > 0

@@ -15,12 +15,12 @@ import yaml
 from torch import Tensor
 
 import faults
-from fewshot_asam import FewShotError
+from fewshot_asam import FewShotError, engine
 from fewshot_asam.cli import eval_maml, train_maml
 from fewshot_asam.training.build import build_learner
 from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.loop import train
-from own_parts import SHAPE, with_dropout
+from own_parts import SHAPE, with_batch_norm, with_dropout
 from short_runs import cache, images, settings  # noqa: F401
 
 NETS = """
@@ -193,3 +193,17 @@ def test_dropout_draws_other_numbers_in_each_iteration(images: Path, tmp_path: P
         losses.append([row["train_loss"] for row in faults.outcome(tmp_path / name)["rows"] if "train_loss" in row])
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == len(losses[0])
+
+
+@pytest.mark.filterwarnings("ignore:tasks run one by one")
+@pytest.mark.parametrize(("size", "by_rule"), [(16, "vmap"), (40, "loop")])
+def test_what_cannot_be_vectorised_is_trained_task_by_task(
+    size: int, by_rule: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever engine is the usual one for images of that size, and again when the run goes on."""
+    assert engine.choose("auto", with_batch_norm(3, (3, size, size)), torch.device("cpu"), size).name == by_rule
+    config = settings(images, tmp_path / "run", engine="auto", image_size=size, schedule="constant")
+    train(config, model=with_batch_norm)
+    assert "engine loop" in capsys.readouterr().out
+    train(replace(config, iterations=6), model=with_batch_norm, resume=True)
+    assert "engine loop" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,18 @@ def test_the_parameter_of_a_rule_is_learned() -> None:
         return learner.meta_loss(batch, 3).loss.item()
 
     assert found == pytest.approx((at(0.9 + 1e-5) - at(0.9 - 1e-5)) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", r"error: code of your own failed \(KeyError: 'blocks.0.conv.weights', own_rules.py line \d+\)"),
+        ("--inside-torch true", r"error: code of your own failed \(TypeError: .*, own_rules.py line \d+\)"),
+    ],
+)
+def test_an_exception_of_a_rule_is_one_line_that_says_where(
+    words: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--inner", "own_rules:Mistyped", *TINY.split(), *words.split(), "--output-dir", str(tmp_path / "run")]
+    assert train_maml.main(run) == 2
+    assert re.fullmatch(message, capfd.readouterr().err.strip().splitlines()[-1])

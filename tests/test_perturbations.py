@@ -24,7 +24,7 @@ PARAMS, GRAD, VAL_GRAD = tree(), tree(), tree()
 
 
 def test_one_norm_over_all_tensors() -> None:
-    assert perturbations.norm(GRAD).item() == pytest.approx(flat(GRAD).norm().item(), rel=1e-14)
+    assert perturbations.l2_norm(GRAD).item() == pytest.approx(flat(GRAD).norm().item(), rel=1e-14)
 
 
 def test_sam_is_a_step_of_length_rho_along_the_gradient() -> None:

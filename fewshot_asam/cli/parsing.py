@@ -21,6 +21,7 @@ from fewshot_asam.cli.surroundings import end_process, lasting_streams, lost
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.distributed import PeerLost
+from fewshot_asam.runtime.imports import comes_from_imported, said_by
 from fewshot_asam.runtime.signals import Stopped
 from fewshot_asam.runtime.yaml_settings import expanded, explained, nearest, read_yaml, require_known, require_plain
 from fewshot_asam.version import __version__
@@ -165,10 +166,12 @@ def _status(work: Callable[[], object]) -> int:
         return _fail(str(error)) if distributed.is_first() else 2  # all processes have it, so one says it
     except OSError as error:
         return _fail(_own(str(error)))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-        return _fail(_own("the memory is full; lower meta_batch_size, hidden, inner_steps or image_size"))
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error)):
+            return _fail(_own("the memory is full; lower meta_batch_size, hidden, inner_steps or image_size"))
+        if comes_from_imported(error):
+            return _fail(_own(f"code of your own failed ({said_by(error)})"))
+        raise
     except KeyboardInterrupt as error:
         if distributed.is_first():
             print(str(error) or "interrupted", file=sys.stderr)

@@ -22,9 +22,23 @@ def autograd_gradient(loss: Loss, params: Params) -> Params:
         if not differentiable:
             params = {name: value.detach().requires_grad_() for name, value in params.items()}
         grads = torch.autograd.grad(
-            loss(params), list(params.values()), create_graph=differentiable, allow_unused=True, materialize_grads=True
+            scalar(loss(params)),
+            list(params.values()),
+            create_graph=differentiable,
+            allow_unused=True,
+            materialize_grads=True,
         )
     return dict(zip(params, grads, strict=True))
+
+
+def scalar(loss: object) -> Tensor:
+    """The loss; raises `FewShotError` for what has no gradient."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise FewShotError(f"the loss is {found}; expected a tensor of one number")
+    if not loss.requires_grad:
+        raise FewShotError("the loss has no gradient; expected one that was computed with the task's network")
+    return loss
 
 
 def functional_gradient(loss: Loss, params: Params) -> Params:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
-from fewshot_asam.errors import require_one_of
+from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.models import fuses
 
 Batching = Literal["loop", "vmap"]
@@ -46,11 +46,17 @@ def choose(engine: EngineName, model: nn.Module, device: torch.device, side: int
 
 
 def measured(by_rule: Choice, iterate: Callable[[Batching], Any]) -> Choice:
-    """The faster engine for one iteration, or the one `by_rule` where that takes longer than `CHEAP` seconds."""
+    """The faster engine for one iteration.
+
+    The one `by_rule` where that takes longer than `CHEAP` seconds, or where the other cannot run the model.
+    """
     if _seconds(iterate, by_rule.name) > CHEAP:
         return by_rule
     other: Batching = "vmap" if by_rule.name == "loop" else "loop"
-    _seconds(iterate, other)
+    try:
+        _seconds(iterate, other)
+    except FewShotError:
+        return by_rule
     pairs = [(_seconds(iterate, by_rule.name), _seconds(iterate, other)) for _ in range(REPEATS)]
     chosen, rival = (min(column) for column in zip(*pairs, strict=True))
     reason = f"measured, a meta-batch: {by_rule.name} {1000 * chosen:.0f} ms, {other} {1000 * rival:.0f} ms"

@@ -15,6 +15,8 @@ from fewshot_asam.runtime.yaml_settings import nearest
 
 _DOTTED = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
 _REFERENCE = re.compile(f"{_DOTTED}:{_DOTTED}")
+_packages: set[str] = set()
+"""Whose code has been asked for."""
 
 
 def imported(reference: str, what: str) -> Any:
@@ -26,6 +28,7 @@ def imported(reference: str, what: str) -> Any:
     if not _REFERENCE.fullmatch(reference):
         raise FewShotError(f"{what} is {reference!r}; expected package.module:name")
     module, _, name = reference.partition(":")
+    _packages.add(module.partition(".")[0])
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)  # for good, as the module may import others later
@@ -49,13 +52,26 @@ def imported(reference: str, what: str) -> Any:
     return found
 
 
+def comes_from_imported(error: BaseException) -> bool:
+    """Whether code that `imported` found was running when the exception was raised."""
+    return _frame(error) is not None
+
+
 def said_by(error: BaseException) -> str:
-    """An exception of somebody's own code: its kind, what it says and where it was raised."""
+    """An exception of somebody's own code: its kind, what it says and which line of that code it came from."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:  # which says itself where
         return text
-    return f"{text}, {Path(frames[-1].filename).name} line {frames[-1].lineno}"
+    frame = _frame(error) or frames[-1]
+    return f"{text}, {Path(frame.filename).name} line {frame.lineno}"
+
+
+def _frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost line of imported code that the exception passed through."""
+    calls = traceback.walk_tb(error.__traceback__)
+    theirs = [call for call in calls if call[0].f_globals.get("__name__", "").partition(".")[0] in _packages]
+    return traceback.StackSummary.extract(iter(theirs[-1:]))[0] if theirs else None
 
 
 def _failed(reference: str, what: str, error: BaseException) -> FewShotError:

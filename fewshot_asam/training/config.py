@@ -42,7 +42,8 @@ class TrainConfig:
     """query images of each class, Q"""
 
     dataset: str = "glyphs"
-    """where the images come from: glyphs (needs no download), omniglot, mini_imagenet or folder"""
+    """where the images come from: glyphs (needs no download), omniglot, mini_imagenet, tiered_imagenet, cifar_fs,
+    fc100 or folder"""
     data_root: Path | None = None
     """folder that holds the dataset's files; without it they are downloaded where that is possible"""
     image_size: int = 84

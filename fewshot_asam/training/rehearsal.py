@@ -9,14 +9,25 @@ from fewshot_asam.training.state import TrainState
 
 
 def choose_engine(state: TrainState) -> engine.Choice:
-    """The engine by rule, or by the clock on a CPU where both can run; a resumed run keeps its own."""
+    """The engine by rule, or by the clock on a CPU where both can run; a resumed run keeps its own.
+
+    A model that cannot be vectorised, which is tried here, runs task by task.
+    """
     learner = state.learner
     choice = engine.choose(learner.engine, learner.model, state.device, state.dataset.train.shape[-1])
-    if learner.engine != "auto" or state.device.type != "cpu" or learner.torch_compile:
+    if learner.engine != "auto":
         return choice
-    if state.progress.engine:
+    timed = state.device.type == "cpu" and not learner.torch_compile
+    if timed and state.progress.engine:
         return engine.Choice("vmap" if state.progress.engine == "vmap" else "loop", "as before")
     sampler, episodes = _share_of_a_batch(state)
+    if (
+        choice.name == "vmap"
+        and learner.execution_mode(learner.batch(episodes, sampler.augmentation)).batching == "loop"
+    ):
+        return engine.Choice("loop", "the model cannot be vectorised")
+    if not timed:
+        return choice
 
     def iterate(name: engine.Batching) -> None:
         learner.engine = name
