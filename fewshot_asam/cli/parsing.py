@@ -107,15 +107,16 @@ def add_settings(
                 f"{settings.__name__}.{field.name}: there is an option {option} already; rename the field"
             )
         hint = hints[field.name]
-        shown = _metavar(hint)
+        choices = list(field.metadata.get("choices", ())) or _choices(hint)
+        shown = _metavar(hint, choices)
         action = group.add_argument(option, type=hint, default=field.default, help=helps.get(field.name), **shown)
-        if choices := _choices(hint):
+        if choices:
             action.completer = partial(_complete, choices)
 
 
-def _metavar(hint: Any) -> dict[str, str]:
+def _metavar(hint: Any, choices: Sequence[str]) -> dict[str, str]:
     """What stands for a value of this type in the help; nothing where jsonargparse's own is as good."""
-    if choices := _choices(hint):
+    if choices:
         return {"metavar": f"{{{','.join(choices)}}}" + (" or TEXT" if str in get_args(hint) else "")}
     names = [name for part in get_args(hint) or (hint,) for kind, name in METAVARS if part is kind][:1]
     return {"metavar": names[0]} if names else {}

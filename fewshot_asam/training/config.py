@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from fewshot_asam.data import DATASETS
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
 from fewshot_asam.errors import FewShotError
@@ -41,9 +42,8 @@ class TrainConfig:
     queries: int = 15
     """query images of each class, Q"""
 
-    dataset: str = "glyphs"
-    """where the images come from: glyphs (needs no download), omniglot, mini_imagenet, tiered_imagenet, cifar_fs,
-    fc100 or folder"""
+    dataset: str = field(default="glyphs", metadata={"choices": DATASETS})
+    """where the images come from; glyphs needs no download"""
     data_root: Path | None = None
     """folder that holds the dataset's files; without it they are downloaded where that is possible"""
     image_size: int = 84
