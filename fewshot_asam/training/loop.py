@@ -90,9 +90,9 @@ def _run(state: TrainState, resume: bool, given: Stop | None) -> dict[str, Any]:
     """Trains and tests in the run's folder, which is open."""
     if resume:
         state.restore()
+    choice = distributed.broadcast(choose_engine(state))  # before anything is written, as it may be refused
     distributed.all_succeed(lambda: run_folder.begin(state.folder, state.config))
     state.rewrite()
-    choice = distributed.broadcast(choose_engine(state))
     state.learner.engine = state.progress.engine = choice.name
     for line in announcements.opening(state, choice):
         distributed.print_rank0(line)
