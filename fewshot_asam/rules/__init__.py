@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -46,10 +47,11 @@ class Rule(Protocol):
         """
 
 
-def rule_names() -> list[str]:
+@cache
+def rule_names() -> tuple[str, ...]:
     """The rules of this package."""
     tools = ("checks", "graph", "perturbations", "validation_sets")
-    return [module.name for module in iter_modules(__path__) if module.name not in tools]
+    return tuple(module.name for module in iter_modules(__path__) if module.name not in tools)
 
 
 def rule_class(name: str) -> type[Rule]:
@@ -76,7 +78,7 @@ def rule_name(rule: Rule | type[Rule]) -> str:
 
 def require_rule(rule: object) -> None:
     """Raises `FewShotError` for what is no rule."""
-    if isinstance(rule, type) and issubclass(rule, object) and hasattr(rule, "step"):
+    if isinstance(rule, type) and hasattr(rule, "step"):
         raise FewShotError(f"the rule is the class {rule.__name__}; expected an instance: {rule.__name__}(...)")
     if not isinstance(rule, Rule):
         raise FewShotError(

@@ -75,7 +75,8 @@ def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainCo
         return CudaGraphed(body, CudaGraphs()) if wanted else body
 
     if distributed.size() == 1:
-        return recorded(lambda batch: step(_sharpness_aware(gradient, parameters, config.outer_rho)(batch)))
+        alone = _sharpness_aware(gradient, parameters, config.outer_rho)
+        return recorded(lambda batch: step(alone(batch)))
     own_gradient = recorded(gradient)
 
     def summed(batch: Batch) -> Tensor:
@@ -84,7 +85,8 @@ def iteration(learner: MetaLearner, adam: torch.optim.Optimizer, config: TrainCo
         distributed.all_reduce_sum(flat)
         return flat
 
-    return lambda batch: step(_sharpness_aware(summed, parameters, config.outer_rho)(batch))
+    together = _sharpness_aware(summed, parameters, config.outer_rho)
+    return lambda batch: step(together(batch))
 
 
 def _sharpness_aware(gradient: Iteration, parameters: Sequence[Tensor], rho: float) -> Iteration:
