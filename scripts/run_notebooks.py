@@ -23,7 +23,8 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 SECONDS = 600
 """The longest that a cell may take."""
 
-INSTALL = """# In Colab, or wherever the package is missing, this installs it: from the clone around this notebook, or by its name.
+INSTALL = """\
+# In Colab, or wherever the package is missing, this installs it: from the clone around this notebook, or by its name.
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def executed(path: Path) -> Any:
     """The notebook of a file with new outputs; raises `CellExecutionError` where a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     if not any("%pip install" in cell.source for cell in notebook.cells):
-        notebook.cells.insert(1, nbformat.v4.new_code_cell(INSTALL.strip()))
+        notebook.cells.insert(1, nbformat.v4.new_code_cell(INSTALL.rstrip()))
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources=resources).execute()
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
