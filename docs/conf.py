@@ -4,13 +4,11 @@
 """
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fewshot_asam.cli.stand_ins import LARGE  # noqa: E402
 from fewshot_asam.version import __version__  # noqa: E402
 
 project = "fewshot_asam"
@@ -31,9 +29,6 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
-autodoc_mock_imports = [] if find_spec("torch") else list(LARGE)
-"""A server that only builds the pages needs no PyTorch."""
-
 nb_execution_mode = "off"
 """Notebooks are shown with the outputs that they store; `scripts/run_notebooks.py` makes them."""
 myst_enable_extensions = ["colon_fence"]
