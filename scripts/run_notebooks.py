@@ -30,7 +30,7 @@ from pathlib import Path
 
 if find_spec("fewshot_asam") is None:
     source = ".." if Path("../pyproject.toml").exists() else "fewshot_asam"
-    # %pip install --quiet {source}
+    %pip install --quiet {source}
 """
 
 
