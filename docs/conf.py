@@ -25,10 +25,11 @@ suppress_warnings = ["toc.not_readable"]
 
 # Docstrings are Markdown in what they have in common with reStructuredText: a backtick is code.
 default_role = "literal"
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 nb_execution_mode = "off"
 """Notebooks are shown with the outputs that they store; `scripts/run_notebooks.py` makes them."""
 myst_enable_extensions = ["colon_fence"]
