@@ -1,4 +1,4 @@
-"""Imports of the two peer packages that `scripts/install_peers.py` installs, mended for today's torch."""
+"""Imports of the peer packages that `scripts/install_peers.py` installs, mended for today's torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def require(name: str) -> None:
 def import_learn2learn() -> ModuleType:
     """learn2learn; raises `ImportError` where it is not installed."""
     return _import_peer("learn2learn")
+
+
+def import_higher() -> ModuleType:
+    """higher; raises `ImportError` where it is not installed."""
+    return _import_peer("higher")
 
 
 def import_torchmeta() -> ModuleType:

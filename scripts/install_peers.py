@@ -1,7 +1,7 @@
-"""Install learn2learn and torchmeta, which the tests compare with, into the running interpreter's environment.
+"""Install learn2learn, torchmeta and higher, which the tests compare with, into the running interpreter's environment.
 
 Run it after the package itself: `python scripts/install_peers.py`. What is there already is left alone, so a second
-run is quick. Both peers declare dependencies of their own day (torchmeta wants torch below 1.10), so nothing is
+run is quick. They declare dependencies of their own day (torchmeta wants torch below 1.10), so nothing is
 installed but what they import and the package does not bring; torchvision is the release that goes with torch 2.13.
 learn2learn's source carries C files made for an old Python; they are made anew from its Cython files, which takes a C
 compiler.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 LEARN2LEARN = "0.2.0"
 TORCHMETA = "1.8.0"
-HELPERS = {"gym": "0.26.2", "ordered-set": "4.1.0", "scipy": "1.15.3", "torchvision": "0.28.0"}
+HELPERS = {"gym": "0.26.2", "higher": "0.2.1", "ordered-set": "4.1.0", "scipy": "1.15.3", "torchvision": "0.28.0"}
 BUILD = """[build-system]
 requires = ["setuptools==80.9.0", "cython==0.29.37"]
 build-backend = "setuptools.build_meta"

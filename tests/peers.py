@@ -1,4 +1,4 @@
-"""The two peer packages for tests: skipped where they are not installed, and failed there under CI."""
+"""The peer packages for tests: skipped where they are not installed, and failed there under CI."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def import_torchmeta() -> ModuleType:
     """torchmeta; the calling test is skipped where it is not installed, and fails there under CI."""
     _require("torchmeta")
     return peer_packages.import_torchmeta()
+
+
+def import_higher() -> ModuleType:
+    """higher; the calling test is skipped where it is not installed, and fails there under CI."""
+    _require("higher")
+    return peer_packages.import_higher()
 
 
 def _require(name: str) -> None:

@@ -99,7 +99,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_reproduction_s_figures_are_those_of_its_page() -> None:
-    section = TEXTS["docs/accuracy.md"].split("### The rules after equally many iterations")[1].split("\n### ")[0]
+    section = TEXTS["docs/results.md"].split("### The rules after equally many iterations")[1].split("\n### ")[0]
     pages = "".join(page.read_text(encoding="utf-8") for page in ROOT.glob("results/**/*.md"))
     figures = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section)
     assert figures

@@ -56,7 +56,7 @@ class ImageSet:
         **Arguments:**
 
         - `images`: uint8 `[n, C, H, W]` or `[n, H, W, C]` with 1 or 3 channels (the former where it could be both), or
-            `[n, H, W]`.
+          `[n, H, W]`.
         - `labels`: `n` labels of any kind: numbers, text or whatever else can be a key of a dict.
         - `names`: one unique name a class, in the order of the labels; if not given, the labels as text.
 
