@@ -51,7 +51,8 @@ COMMANDS = [
     ("--ways='3\0'", "ways is '3\\x00'; expected a whole number"),
     ("--ways=true", "ways is 'True'; expected a whole number"),
     ("--ways=[3]", "ways is '[3]'; expected a whole number"),
-    (f"--ways={'[' * 5000}", "--ways is nested"),
+    (f"--ways={'[' * 500}", "--ways is nested"),
+    (f"--ways={'[' * 5000}", "ways is"),  # newer versions of libyaml refuse to read so deep
     (f"--ways={'9' * 5000}", "Exceeds the limit"),
     ("--ways.x 3", "ways is"),
     ("--rho=a", "rho is 'a'; expected a number"),

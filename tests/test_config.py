@@ -80,6 +80,17 @@ def test_settings_come_back_from_yaml(tmp_path: Path) -> None:
     assert from_yaml(tmp_path / "config.yaml") == config
 
 
+def test_settings_that_are_younger_than_a_whole_file_are_as_by_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    whole = to_yaml(TrainConfig(inner="maml", outer_rho=0.1))
+    older = "".join(line for line in whole.splitlines(keepends=True) if not line.startswith("outer_rho"))
+    file.write_text(older)
+    assert from_yaml(file) == TrainConfig(inner="maml")
+    file.write_text(older[: older.index("precision")])
+    with pytest.raises(FewShotError, match="lacks outer_rho, precision, output_dir; it was cut short"):
+        from_yaml(file)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -27,6 +27,8 @@ MOST_BITS = 128
 """Of a whole number: more is no setting, and more than 14,000 cannot be written."""
 LONGEST_VALUE = 200
 """Characters of a value that is shown."""
+END = "# the end: nothing was cut off\n"
+"""The last line of a file of all settings."""
 _REFUSED = re.compile(r'key "(?P<name>\w+)":\s.*(?:Got|Given) value: (?P<value>.*)', re.DOTALL)
 """How jsonargparse says that a value has not the type of its setting."""
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -63,6 +65,12 @@ def read_yaml(path: Path, deepest: int = DEEPEST) -> dict[str, object]:
     if not isinstance(read, dict):
         raise FewShotError(f"{path} does not hold settings; expected lines of a name and a value, such as 'ways: 5'")
     return read
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of all settings has its last line still."""
+    with open_regular(path) as file:
+        return END.encode() in file.read(LARGEST_FILE)
 
 
 def require_plain(what: str, value: object) -> None:

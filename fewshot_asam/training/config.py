@@ -20,7 +20,15 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.models.initialisation import Init
 from fewshot_asam.rules import Rule, rule_class
 from fewshot_asam.rules.validation_sets import Validation
-from fewshot_asam.runtime.yaml_settings import conforming, explained, read_yaml, require_known, require_plain
+from fewshot_asam.runtime.yaml_settings import (
+    END,
+    conforming,
+    explained,
+    is_whole,
+    read_yaml,
+    require_known,
+    require_plain,
+)
 from fewshot_asam.training import checks
 from fewshot_asam.verification.settings import Norm
 
@@ -290,7 +298,7 @@ def changed(config: TrainConfig) -> dict[str, Any]:
 
 def to_yaml(config: TrainConfig) -> str:
     """The settings as YAML."""
-    return yaml.safe_dump(plain(config), sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False) + END
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -307,12 +315,16 @@ def _left_out(from_python: object) -> set[str]:
 
 
 def from_yaml(path: Path) -> TrainConfig:
-    """The settings that `to_yaml` wrote; raises `FewShotError` naming a file that is not of that kind."""
+    """The settings that `to_yaml` wrote; raises `FewShotError` naming a file that is not of that kind.
+
+    In a file that is whole, those that are missing are younger than the file: they are as by default.
+    """
     read = read_yaml(path)
     names = [one.name for one in fields(TrainConfig)]
     require_known(read, names, f"{path} is of another version")
     left_out = _left_out(read.get("from_python")) | {"inner_settings"}
-    if missing := [name for name in names if name not in read and name not in left_out]:
+    missing = [name for name in names if name not in read and name not in left_out]
+    if missing and not is_whole(path):
         raise FewShotError(f"{path} lacks {', '.join(missing)}; it was cut short or is of another version")
     return from_plain(read, str(path))
 

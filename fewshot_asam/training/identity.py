@@ -87,9 +87,13 @@ def require_same_settings(config: TrainConfig, stored: TrainConfig) -> None:
 
 
 def require_same(own: Identity, stored: Identity, name: str) -> None:
-    """Raises `FewShotError` where what is in a file named `name` was made with other settings or classes."""
+    """Raises `FewShotError` where what is in a file named `name` was made with other settings or classes.
+
+    A setting that is younger than the file was as by default.
+    """
+    usual = _kept(TrainConfig())
     for setting in {**stored.settings, **own.settings}:
-        old, new = stored.settings.get(setting), own.settings.get(setting)
+        old, new = ({**usual, **identity.settings}.get(setting) for identity in (stored, own))
         if old != new:
             raise FewShotError(
                 f"{name} was made with {setting} {old}, but the run's setting is {new}; put the config.yaml back that "
