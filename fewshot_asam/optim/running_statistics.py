@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,8 @@ class StillStatistics:
 
     def hold(self) -> None:
         """Begins; a second call does nothing."""
-        if self._hook is None:
+        if self._hook is None:  # that a compiled module calls it twice, of which PyTorch warns, does no harm
+            warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
             self._hook = register_module_forward_pre_hook(self._still)
 
     def release(self) -> None:
