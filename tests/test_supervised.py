@@ -86,7 +86,7 @@ def test_a_run_that_was_stopped_twice_is_the_same_run(optimizer: str, archive: P
         assert found[name] == expected[name], name
     for file in ("last.safetensors", "best.safetensors"):
         ours, theirs = read_weights(tmp_path / "parts" / file)[0], read_weights(tmp_path / "whole" / file)[0]
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     rows = [
         [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(tmp_path / name)]
         for name in ("whole", "parts")
@@ -125,7 +125,7 @@ def test_bad_input_is_one_line_and_changes_nothing(
     own = ["--output-dir", str(folder)]
     for words, message in (
         (["--resume", *own, "--lr=0.5"], "lr was 0.1 and is 0.5, which would alter the resumed run"),
-        (own, "holds a run already; continue it with --resume"),
+        ([*own, "--batch-size=9"], "holds a run already; continue it with --resume"),
         (["--resume"], "--resume needs the run to go on with; pass --output-dir RUN"),
         (["--resume", "--output-dir", str(tmp_path)], "is not the folder of a run of train_classifier"),
         (["--optimizer=adam"], "optimizer is 'adam'; expected one of sgd, sam"),
@@ -211,17 +211,43 @@ def test_an_image_is_shifted_flipped_and_cut() -> None:
 def test_networks_have_the_published_size(model: Any, depth: int, width: int, expected: int) -> None:
     """0.27 and 0.46 million parameters in He et al., 36.5 million in Zagoruyko & Komodakis."""
     with torch.device("meta"):
-        network = build_network(model, depth, width, 3, 10, 0)
+        network = build_network(model, depth, width, (3, 32, 32), 10, 0)
     assert sum(p.numel() for p in network.parameters()) == expected
 
 
 @pytest.mark.parametrize(("model", "depth"), [("small", 4), ("resnet", 8), ("wide_resnet", 10)])
 def test_networks_take_images_and_depend_on_the_seed(model: Any, depth: int) -> None:
-    networks = [build_network(model, depth, 1, 3, 7, seed) for seed in (0, 0, 1)]
+    networks = [build_network(model, depth, 1, (3, 32, 32), 7, seed) for seed in (0, 0, 1)]
     logits = [network(torch.ones(2, 3, 32, 32)) for network in networks]
     assert logits[0].shape == (2, 7)
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
+
+
+def test_a_network_of_one_s_own(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_networks.py").write_text(
+        "from torch import nn\n\n\ndef flat(classes, shape):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = settings(archive, tmp_path / "run", model="own_networks:flat", optimizer="sam", epochs=1, lr=0.01)
+    assert train_classifier(config)["model"] == "own_networks:flat"
+    assert read_weights(tmp_path / "run" / "last.safetensors")[0]["1.weight"].shape == (3, 3 * 16 * 16)
+    with pytest.raises(FewShotError, match="own_networks has no 'flut'; did you mean flat"):
+        train_classifier(settings(archive, tmp_path / "other", model="own_networks:flut"))
+    with pytest.raises(FewShotError, match=r"model is 'resnt'; expected one of .*; did you mean resnet\?"):
+        settings(archive, tmp_path / "other", model="resnt")
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs" / "supervised").iterdir()))
+def test_a_row_of_the_paper_has_its_settings(file: Path) -> None:
+    """And says where each comes from; the optimizer is a flag."""
+    config, resume = command.settings(["--config", str(file), "--optimizer", "asam"], ClassifierConfig())
+    assert not resume
+    assert (config.optimizer, config.schedule, config.val_momentum, config.momentum) == ("asam", "cosine", 0.9, 0.9)
+    assert config.val_batch_fraction == 0.25
+    assert f"--config configs/supervised/{file.name} " in file.read_text()
 
 
 CIFAR_NAMES = [f"name{number}" for number in range(10)]
