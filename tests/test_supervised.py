@@ -138,7 +138,7 @@ def test_bad_input_is_one_line_and_changes_nothing(
         (["--batch-size=1000"], "batch_size is 1000 and holdout 0.1, but there are 60 training images"),
         (["--epochs", "two"], "epochs is 'two'; expected a whole number"),
     ):
-        common = ["--dataset=folder", f"--data-root={archive}", "--image-size=16", "--device=cpu"]
+        common = ["--dataset=folder", f"--data-root={archive}", "--image-size=16", "--device=cpu", "--batch-size=9"]
         asks = any(word.startswith(("--resume", "--dataset")) for word in words)
         assert command.main(words if asks else [*common, *words]) == 2, words
         error = capsys.readouterr().err.strip()
