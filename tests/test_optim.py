@@ -411,11 +411,11 @@ def test_without_a_scaler_a_gradient_that_is_not_finite_reaches_the_base(kind: t
 
 
 def test_half_precision_has_a_perturbation_of_the_right_length() -> None:
-    """The norm is added up in single precision: 100,000 squares of 0.001 are too small for 16 bits."""
+    """The squares are added in single precision: 100,000 of 100 are more than float16 can hold."""
     for dtype in (torch.bfloat16, torch.float16):
         weight = nn.Parameter(torch.zeros(100_000, dtype=dtype))
         optimizer = SAM([weight], torch.optim.SGD, rho=100.0, lr=0.0)
-        weight.grad = torch.full_like(weight, 1e-3)
+        weight.grad = torch.full_like(weight, 10.0)
         optimizer.first_step()
         assert weight.detach().float().norm().item() == pytest.approx(100, rel=0.01)
         optimizer.restore()
@@ -490,6 +490,17 @@ def test_a_step_costs_so_many_gradients(kind: type[SharpnessAware], train: int, 
     loss = optimizer.step(*(counted(i, one) for i, one in enumerate(closures(model, optimizer, 0))))
     assert calls == [train, val]
     assert loss.item() == before, "the loss is that at the weights before the step"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_are_cleared_in_place_are_kept(kind: type[SharpnessAware]) -> None:
+    """As `zero_grad(set_to_none=False)` does, and the buckets of DistributedDataParallel."""
+    model, other = net(), net()
+    expected = trained(model, kind(model.parameters(), torch.optim.SGD, **SGD))  # type: ignore[call-arg]
+    optimizer = kind(other.parameters(), torch.optim.SGD, **SGD)  # type: ignore[call-arg]
+    clear = optimizer.zero_grad
+    optimizer.zero_grad = lambda set_to_none=False: clear(set_to_none=False)  # type: ignore[method-assign]
+    assert torch.equal(trained(other, optimizer), expected)
 
 
 def test_bad_input_is_one_line() -> None:

@@ -21,6 +21,8 @@ from torch import Tensor
 from conftest import make_images
 from fewshot_asam import FewShotError
 from fewshot_asam.cli import train_classifier as command
+from fewshot_asam.data.images import Dataset
+from fewshot_asam.engine.precision import precision
 from fewshot_asam.runtime.signals import Stop, Stopped
 from fewshot_asam.supervised import batches, datasets
 from fewshot_asam.supervised.config import ClassifierConfig, from_yaml
@@ -160,6 +162,20 @@ def test_what_a_run_learns_depends_on_seed_and_data_and_it_learns(archive: Path,
     assert first["val_accuracy"] > 0.9
 
 
+def test_bfloat16_is_close_to_float32(archive: Path) -> None:
+    """Within autocast, whose weights and norms stay in single precision."""
+    found = []
+    for name in ("float32", "bfloat16"):
+        training = state(archive, precision=name, lr=0.01)
+        with precision(training.config.precision, torch.device("cpu")):
+            for _ in range(3):
+                training.train_step()
+        assert {p.dtype for p in training.network.parameters()} == {torch.float32}
+        found.append(training.read_sums()[0])
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
 def test_noise_replaces_so_many_labels_by_others() -> None:
     labels = torch.arange(10).repeat(1000)
     noisy = {share: batches.with_noise(labels, 10, share, 3) for share in (0.0, 0.4, 0.8)}
@@ -231,7 +247,7 @@ def test_a_network_of_one_s_own(archive: Path, tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = settings(archive, tmp_path / "run", model="own_networks:flat", optimizer="sam", epochs=1, lr=0.01)
+    config = settings(archive, tmp_path / "run", model="own_networks:flat", epochs=1, lr=0.01)
     assert train_classifier(config)["model"] == "own_networks:flat"
     assert read_weights(tmp_path / "run" / "last.safetensors")[0]["1.weight"].shape == (3, 3 * 16 * 16)
     with pytest.raises(FewShotError, match="own_networks has no 'flut'; did you mean flat"):
@@ -348,6 +364,25 @@ def test_cifar_100_is_divided_as_krizhevsky_did(tmp_path: Path, own_cache: Path)
     assert (len(train.images), len(test.images)) == (50_000, 10_000)
     assert (int(train.images[:, 0, 0, 1].max()), int(test.images[:, 0, 0, 1].min())) == (0, 1)
     assert torch.equal(test.images[:, 0, 0, 0], torch.arange(100, dtype=torch.uint8).repeat_interleave(100))
+
+
+def test_mini_imagenet_s_training_classes_are_divided_and_made_small(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_images(3, 600, (3, 12, 12), 0)
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(*arguments: object) -> Dataset:
+        asked.append(arguments)
+        return Dataset("mini_imagenet", whole, whole, whole)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    train, test = datasets.load("mini_imagenet", tmp_path, 4)
+    assert asked == [("mini_imagenet", tmp_path)]
+    assert (train.counts.tolist(), test.counts.tolist()) == ([500] * 3, [100] * 3)
+    assert train.shape == test.shape == (3, 4, 4)
+    means = [one.images.float().mean((2, 3)) for one in (whole, test)]
+    assert (means[0][1100:1200] - means[1][100:200]).abs().max() < 12, "the last 100 of the second class, antialiased"
 
 
 def test_half_of_cifar_10(real_data: Path) -> None:

@@ -6,6 +6,7 @@ So a resumed training needs no state of generators.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,12 @@ def divided(count: int, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
 def train_batch(count: int, size: int, step: int, seed: int) -> Tensor:
     """The indices `[size]` of a step's training batch: each epoch goes through the images in an order of its own."""
     epoch, number = divmod(step, count // size)
-    return torch.randperm(count, generator=generator("order", seed, epoch))[number * size : (number + 1) * size]
+    return _order(count, epoch, seed)[number * size : (number + 1) * size]
+
+
+@lru_cache(maxsize=1)
+def _order(count: int, epoch: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=generator("order", seed, epoch))
 
 
 def val_batch(count: int, size: int, step: int, seed: int) -> Tensor:
