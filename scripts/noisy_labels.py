@@ -163,13 +163,27 @@ def page(plan_file: Path, results: Path) -> str:
     differences = list(_differences(plan, found))
     whole = [one for one in differences if len(one.values) == len(plan["seeds"])]
     corrected = dict(zip(whole, holm([one.p for one in whole]), strict=True))
-    lines = [ABOUT, *_done(planned, records, plan_file)]
+    lines = [ABOUT, _answer(corrected), "", *_done(planned, records, plan_file)]
     for section in plan["sections"]:
         arms = {arm: found[section["title"], arm] for arm in section["arms"] if (section["title"], arm) in found}
         if arms:
             lines += [f"## {section['title']}", "", *_table(arms), ""]
             lines += _compared([one for one in differences if one.section == section["title"]], corrected)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _answer(corrected: Mapping[Difference, float]) -> str:
+    """What the differences that have all their seeds say, in a sentence."""
+    if not corrected:
+        return "**Answer: none yet.** No comparison has all its seeds, and a single seed decides nothing."
+    clear = [
+        f"{one.first} − {one.second} ({one.section}, {one.kind}): {sum(one.values) / len(one.values):.2f} points"
+        for one, p in corrected.items()
+        if p < 0.05
+    ]
+    if not clear:
+        return f"**Answer: undecided.** None of {len(corrected)} comparisons is clear after the correction."
+    return f"**Answer: {len(clear)} of {len(corrected)} comparisons are clear.** {'; '.join(clear)}."
 
 
 def _differences(plan: Mapping[str, Any], found: Mapping[tuple[str, str], Mapping[int, Any]]) -> Iterator[Difference]:

@@ -61,6 +61,7 @@ def test_a_page_says_what_was_run_and_compares_by_seed(tmp_path: Path) -> None:
     (tmp_path / "noisy_labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     text = SCRIPT["page"](PLAN, tmp_path)
     assert "8 of 69 trainings" in text
+    assert "**Answer: undecided.** None of 1 comparisons is clear" in text
     assert "80 % label noise (10); 40 % label noise (18)" in text
     assert "| sam | 10 | 20 | 3 | 42.00 ± 27.33 | 25.00 ± 0.00 |" in text
     assert "| sam − sgd | equal epochs | 3 | 2.00 ± 2.48 | 0.074 | 0.074 |" in text
