@@ -68,7 +68,7 @@ class SharpnessAware(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, which may have radii of its own; see `torch.optim.Optimizer`."""
-        if not any(param_group is group for group in self.base.param_groups):
+        if not _is_one(param_group, self.base):
             self.base.add_param_group(param_group)
         for name, value in self.defaults.items():
             require_radius(name, param_group.setdefault(name, value))
@@ -131,11 +131,12 @@ class SharpnessAware(Optimizer):
         From here on the running statistics of norm layers stand still.
         """
         self._expect(taken)
-        self._taken += 1
-        self._still.hold()
         parameters = self._parameters()
         if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+            self.restore()
             raise FewShotError("a gradient is sparse; expected dense ones: build the embedding with sparse=False")
+        self._taken += 1
+        self._still.hold()
         found = {str(number): torch.zeros_like(p) if p.grad is None else p.grad for number, p in enumerate(parameters)}
         if self.scaler is None or not self.scaler.is_enabled():
             return found
@@ -204,10 +205,20 @@ def _based(params: Parameters, base: type[Optimizer] | Optimizer, options: dict[
         raise FewShotError(
             f"{', '.join(options)} is given, but the base optimizer is made already; give it its options there"
         )
-    given = [p for one in params for p in (one["params"] if isinstance(one, dict) else [one])]
+    groups = list(params)
+    if any(isinstance(one, dict) and one.keys() != {"params"} and not _is_one(one, base) for one in groups):
+        raise FewShotError(
+            "a group is given settings, but the base optimizer is made already; give them to its own group: pass "
+            "optimizer.param_groups"
+        )
+    given = [p for one in groups for p in (one["params"] if isinstance(one, dict) else [one])]
     if {id(p) for p in given} != {id(p) for group in base.param_groups for p in group["params"]}:
         raise FewShotError(
             "the base optimizer was made of other parameters than those given; expected the same: pass "
             "optimizer.param_groups"
         )
     return base
+
+
+def _is_one(group: dict[str, Any], base: Optimizer) -> bool:
+    return any(group is own for own in base.param_groups)
