@@ -7,8 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
-# runtime, rules, models, data, episodes, engine, verification, learners, analysis, training, reproduce, cli
-QUICK := architecture files perturbations rules validation_sets models folder load_dataset episodes interop \
+# runtime, rules, optim, models, data, episodes, engine, verification, learners, analysis, training, reproduce, cli
+QUICK := architecture files perturbations optim rules validation_sets models folder load_dataset episodes interop \
 	learners evaluation congruence config ledger help readme site api
 
 .PHONY: demo test check quick lint types package tests docs clean
