@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from fewshot_asam.cli import stand_ins
 
-COMMANDS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*_maml.py")))
+COMMANDS = (*sorted(path.stem for path in Path(__file__).parent.glob("*_maml.py")), "train_classifier")
 """Each is a module of this room with a function `main`."""
 QUESTIONS = ("-h", "--help", "--version")
 """What a command answers without computing anything."""

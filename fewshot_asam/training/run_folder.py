@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
@@ -32,6 +32,31 @@ OUTCOME: dict[str, type] = {
 """What a summary holds beside the settings, as far as it is used."""
 SETTINGS = "config.yaml"
 """The file that makes a folder that of a run."""
+
+
+class Settings(Protocol):
+    """What a run folder needs to know of the settings of a run."""
+
+    @property
+    def output_dir(self) -> Path | None:
+        """The folder; None for a new one."""
+
+    @property
+    def title(self) -> str:
+        """The run in a few words, fit for a file name."""
+
+
+class AxisLabels(NamedTuple):
+    """What the curves of a run are called."""
+
+    step: str
+    trained: str
+    loss: str
+    accuracy: str
+
+
+META = AxisLabels("meta-iteration", "training tasks", "query loss", "query accuracy, %")
+SUPERVISED = AxisLabels("step", "training images", "loss", "accuracy, %")
 
 
 def stored_settings(folder: Path) -> TrainConfig:
@@ -63,7 +88,7 @@ def require_resumable(config: TrainConfig) -> None:
 
 
 @contextmanager
-def opened(config: TrainConfig, resume: bool) -> Iterator[Path]:
+def opened(config: Settings, resume: bool) -> Iterator[Path]:
     """The run's folder, a new and empty one unless `resume`; no other process may train into it meanwhile.
 
     Nothing is written into it, as what it holds may turn out to be of another run. Raises `FewShotError` where it
@@ -90,7 +115,7 @@ def begin(folder: Path, config: TrainConfig) -> None:
         write_text(folder / SETTINGS, to_yaml(config))
 
 
-def _made(config: TrainConfig) -> Path:
+def _made(config: Settings) -> Path:
     folder = config.output_dir or _free(Path("runs"), config.title)
     try:
         folder.mkdir(parents=True, exist_ok=bool(config.output_dir))
@@ -145,17 +170,17 @@ def _possible(name: str, value: object, kind: Any) -> Any:
     return found
 
 
-def draw_curves(folder: Path, title: str, test: Interval) -> None:
-    """`curves.png`: loss and accuracy against meta-iterations, validation with its interval, the test result."""
+def draw_curves(folder: Path, title: str, test: Interval, labels: AxisLabels = META) -> None:
+    """`curves.png`: loss and accuracy against steps, validation with its interval, the test result."""
     rows = read_metrics(folder)
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(*_series(rows, "train_loss"), color="tab:blue", alpha=0.25, linewidth=0.8)
-    loss.plot(*_smoothed(*_series(rows, "train_loss")), color="tab:blue", label="training tasks")
-    loss.set(xlabel="meta-iteration", ylabel="query loss", ylim=(0, None))
+    loss.plot(*_smoothed(*_series(rows, "train_loss")), color="tab:blue", label=labels.trained)
+    loss.set(xlabel=labels.step, ylabel=labels.loss, ylim=(0, None))
     steps, train = _series(rows, "train_accuracy")
     accuracy.plot(steps, [100 * v for v in train], color="tab:blue", alpha=0.25, linewidth=0.8)
-    accuracy.plot(*_smoothed(steps, [100 * v for v in train]), color="tab:blue", label="training tasks")
+    accuracy.plot(*_smoothed(steps, [100 * v for v in train]), color="tab:blue", label=labels.trained)
     steps, mean = _series(rows, "val_accuracy")
     width = _series(rows, "val_ci95")[1]
     accuracy.errorbar(
@@ -165,7 +190,7 @@ def draw_curves(folder: Path, title: str, test: Interval) -> None:
     accuracy.axhspan(
         100 * (test.mean - test.half_width), 100 * (test.mean + test.half_width), color="tab:green", alpha=0.15
     )
-    accuracy.set(xlabel="meta-iteration", ylabel="query accuracy, %")
+    accuracy.set(xlabel=labels.step, ylabel=labels.accuracy)
     for panel in (loss, accuracy):
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)

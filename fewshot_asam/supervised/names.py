@@ -1,0 +1,9 @@
+"""The words that settings may be, apart from what they stand for, so that a command's help needs no PyTorch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ModelName = Literal["small", "resnet", "wide_resnet"]
+OptimizerName = Literal["sgd", "sam", "asam", "friendly_sam", "agnostic_sam", "agnostic_asam"]
+SOURCES = ("cifar10", "cifar100", "mini_imagenet", "folder")
