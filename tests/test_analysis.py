@@ -33,6 +33,7 @@ from fewshot_asam.analysis import (
 )
 from fewshot_asam.engine.gradients import Loss
 from fewshot_asam.rules.perturbations import Params
+from fewshot_asam.supervised.networks import build_network
 from problems import deviation, episodes, made_learner, meta_gradient, seeded, shifted, smooth_net
 
 LR, STEP = 0.4, 1e-6
@@ -77,8 +78,10 @@ def gradient_at(loss: Loss, params: Params, by: Tensor) -> Tensor:
 
 
 def differences(loss: Loss, params: Params, direction: Tensor) -> Tensor:
-    up, down = (gradient_at(loss, params, sign * STEP * direction) for sign in (1, -1))
-    return (up - down) / (2 * STEP)
+    """Of gradients so near to each other that no ReLU changes its side between them."""
+    step = STEP / direction.norm()
+    up, down = (gradient_at(loss, params, sign * step * direction) for sign in (1, -1))
+    return (up - down) / (2 * step)
 
 
 def dense(loss: Loss, params: Params) -> Tensor:
@@ -312,6 +315,17 @@ def test_a_classifier_is_analysed_in_eval_mode_and_left_as_it_is() -> None:
     top_eigenvalues(loss, params, 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "depth"), [("small", 4), ("resnet", 8)])
+def test_networks_of_train_classifier_are_analysed_too(name: Any, depth: int) -> None:
+    """In `eval()` mode, where their batch norm is an affine map."""
+    model = build_network(name, depth, 1, 1, 3, seed=0).double().eval()
+    batch = episodes()
+    loss, params = supervised_loss(model, batch.query_x[0], batch.query_y[0])
+    v = vector(sum(value.numel() for value in params.values()))
+    assert deviation(hessian(loss, params)(v), differences(loss, params, v)) < 1e-6
+    assert top_eigenvalues(loss, params, 1).item() > 0
 
 
 def test_rank_correlation_is_spearman_s() -> None:
