@@ -144,7 +144,7 @@ def _cell(tasks: Tasks, name: str, index: int) -> str:
     if name not in tasks:
         return "-"
     mean, half = (numbers[index].item() for numbers in curve(tasks[name]))
-    return f"{mean:.3g} ± {half:.2g}"
+    return f"{mean:.3g} ± {half if half > 1e-9 * abs(mean) else 0:.2g}"  # the same in all tasks, but for rounding
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
