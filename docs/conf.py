@@ -17,7 +17,7 @@ copyright = f"2026, {author}"
 release = version = __version__
 
 root_doc = "docs/index"
-include_patterns = ["docs/**", "results/*.md", "notebooks/*.ipynb", "benchmarks/README.md"]
+include_patterns = ["docs/**", "results/*.md", "results/supervised/*.md", "notebooks/*.ipynb", "benchmarks/README.md"]
 include_patterns += ["ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 extensions = ["sphinx.ext.autodoc", "myst_nb"]
 suppress_warnings = ["toc.not_readable"]

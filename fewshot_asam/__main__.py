@@ -35,7 +35,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<11}{_summary(command)}" for name, command in NAMES.items()]
+    width = 2 + max(map(len, NAMES))
+    lines = [f"  {name:<{width}}{_summary(command)}" for name, command in NAMES.items()]
     return "\n".join(
         [
             "usage: python -m fewshot_asam COMMAND [options]",

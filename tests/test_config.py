@@ -46,13 +46,13 @@ def test_there_is_a_file_for_each_row_of_the_protocol_and_the_rule_is_a_flag(row
 
 def test_the_files_say_what_the_defaults_could_change() -> None:
     """A protocol does not move with the defaults."""
-    for file in CONFIGS.iterdir():
+    for file in CONFIGS.glob("*.yaml"):
         said = yaml.safe_load(file.read_text())
         assert {"init", "head_init", "adapt", "norm", "schedule", "rho", "validate_tasks", "test_tasks"} <= set(said)
 
 
 def test_there_is_no_other_file() -> None:
-    assert len(list(CONFIGS.iterdir())) == len(PROTOCOL) + 1
+    assert len(list(CONFIGS.glob("*.yaml"))) == len(PROTOCOL) + 1
 
 
 def test_the_file_of_mamlpp() -> None:

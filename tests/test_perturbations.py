@@ -66,3 +66,41 @@ def test_a_gradient_of_zero_gives_no_step_and_no_derivatives(adaptive: bool) -> 
     step = flat(perturbations.sam(PARAMS, zero, 0.3, adaptive=adaptive))
     assert step.abs().max() == 0
     assert not any(grad.any() for grad in torch.autograd.grad(step.sum(), list(zero.values())))
+
+
+def test_friendly_sam_takes_the_average_away() -> None:
+    expected = flat(GRAD) - 0.7 * flat(VAL_GRAD)
+    torch.testing.assert_close(flat(perturbations.friendly(GRAD, VAL_GRAD, 0.7)), expected)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_radii_by_name_share_one_norm(adaptive: bool) -> None:
+    whole = perturbations.sam(PARAMS, GRAD, 1.0, adaptive=adaptive)
+    found = perturbations.sam(PARAMS, GRAD, {"w": 0.3, "b": 0.0}, adaptive=adaptive)
+    torch.testing.assert_close(found["w"], 0.3 * whole["w"])
+    assert not found["b"].any()
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_one_call_for_all_tensors_gives_the_same_as_one_for_each(adaptive: bool, mixed: bool) -> None:
+    """Without a graph there is one call, where all tensors are of one type."""
+    trees = [{"w": one["w"], "b": one["b"].float() if mixed else one["b"]} for one in (PARAMS, GRAD, VAL_GRAD)]
+    found = []
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            step = perturbations.agnostic_sam(*trees, rho1=0.2, rho2=0.1, adaptive=adaptive)
+            average = perturbations.momentum(step, trees[1], 0.9)
+            found.append({**step, **{f"average of {name}": value for name, value in average.items()}})
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6 if mixed else 1e-13, atol=0)
+    assert found[1]["b"].dtype == trees[0]["b"].dtype
+
+
+def test_no_single_call_is_made_under_vmap() -> None:
+    """Which has no rule for it; nothing is recorded there either."""
+    several = {name: torch.stack([value, 2 * value]) for name, value in GRAD.items()}
+    with torch.no_grad():
+        found = torch.vmap(lambda grad: perturbations.sam(PARAMS, grad, 0.3, adaptive=True))(several)
+    for one in range(2):
+        expected = perturbations.sam(PARAMS, {name: value[one] for name, value in several.items()}, 0.3, adaptive=True)
+        torch.testing.assert_close({name: value[one] for name, value in found.items()}, expected)

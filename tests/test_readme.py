@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fewshot_asam.cli import analyze_maml, eval_maml, predict_maml, reproduce_maml, train_maml
+from fewshot_asam.cli import analyze_maml, eval_maml, predict_maml, reproduce_maml, train_classifier, train_maml
 from fewshot_asam.cli.parsing import Parser, add_settings, parse
+from fewshot_asam.supervised.config import ClassifierConfig
 from fewshot_asam.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,8 @@ ELSEWHERE = ("docs/your_own_images.md",)
 """Pages whose Python is run by other tests: test_predict.py has the run that it needs."""
 PYTHON = {name: [code for page, kind, code in BLOCKS if (page, kind) == (name, "python")] for name in TEXTS}
 LINES = [line for _, kind, code in BLOCKS if kind in ("", "bash") for line in code.replace("\\\n", " ").splitlines()]
-COMMANDS = [line for line in LINES if re.match(r"(\w+_maml|python -m fewshot_asam|torchrun|srun torchrun)\b", line)]
+STARTS = re.compile(r"(\w+_maml|train_classifier|python -m fewshot_asam|torchrun|srun torchrun)\b")
+COMMANDS = [line for line in LINES if STARTS.match(line)]
 
 
 def write_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +66,8 @@ def test_command_lines_parse(command: str, tmp_path: Path, monkeypatch: pytest.M
         assert name in ("train_maml", "nothing")
     elif name == "train_maml":
         assert isinstance(train_maml._settings(words, TrainConfig())[0], TrainConfig)
+    elif name == "train_classifier":
+        assert isinstance(train_classifier.settings(words, ClassifierConfig())[0], ClassifierConfig)
     else:
         parser = Parser(prog=name, description=None)
         parser.add_argument("things", nargs="+")
@@ -79,7 +83,7 @@ def test_command_lines_parse(command: str, tmp_path: Path, monkeypatch: pytest.M
 def test_there_are_blocks_and_command_lines() -> None:
     assert sum(map(len, PYTHON.values())) >= 8
     assert {words_of(line)[0] for line in COMMANDS if words_of(line)} == {
-        *("train_maml", "eval_maml", "predict_maml", "analyze_maml", "reproduce_maml")
+        *("train_maml", "train_classifier", "eval_maml", "predict_maml", "analyze_maml", "reproduce_maml")
     }
     assert len(COMMANDS) >= 20
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -23,7 +25,8 @@ class StillStatistics:
 
     def hold(self) -> None:
         """Begins; a second call does nothing."""
-        if self._hook is None:
+        if self._hook is None:  # that a compiled module calls it twice, of which PyTorch warns, does no harm
+            warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
             self._hook = register_module_forward_pre_hook(self._still)
 
     def release(self) -> None:
@@ -35,10 +38,14 @@ class StillStatistics:
         self._hook, self._layers, self._seen = None, [], set()
 
     def _still(self, module: nn.Module, _: object) -> None:
-        if module in self._seen:
-            return
-        for layer in module.modules():
-            self._seen.add(layer)
-            if isinstance(layer, _NormBase) and layer.track_running_stats:
-                layer.track_running_stats = False
-                self._layers.append(layer)
+        if torch.compiler.is_compiling():  # a hook is compiled with the model, and sets of modules cannot be
+            self._stop(module)
+        elif module not in self._seen:
+            for layer in module.modules():
+                self._seen.add(layer)
+                self._stop(layer)
+
+    def _stop(self, layer: nn.Module) -> None:
+        if isinstance(layer, _NormBase) and layer.track_running_stats:
+            layer.track_running_stats = False
+            self._layers.append(layer)

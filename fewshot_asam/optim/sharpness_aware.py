@@ -57,6 +57,15 @@ class SharpnessAware(Optimizer):
         self._overflow = False
         self._still.release()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all but the step that has begun and what a scheduler put in the place of `step`."""
+        return {name: value for name, value in self.__dict__.items() if name != "step" and not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._still = StillStatistics()
+        self._begin_anew()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, which may have radii of its own; see `torch.optim.Optimizer`."""
         if not any(param_group is group for group in self.base.param_groups):

@@ -13,8 +13,8 @@ import yaml
 from fewshot_asam.engine.precision import Precision
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.rules.checks import require_radius
-from fewshot_asam.runtime.yaml_settings import conforming, read_yaml, require_known
-from fewshot_asam.supervised.names import SOURCES, ModelName, OptimizerName
+from fewshot_asam.runtime.yaml_settings import conforming, nearest, read_yaml, require_known
+from fewshot_asam.supervised.names import MODELS, SOURCES, OptimizerName
 from fewshot_asam.training import checks
 
 
@@ -53,8 +53,9 @@ class ClassifierConfig:
     cutout: int = 0
     """side of the square that is cut out of each training image, in pixels; 0 for none"""
 
-    model: ModelName = "resnet"
-    """resnet (He et al.), wide_resnet, or small: three convolutions, for a CPU"""
+    model: str = field(default="resnet", metadata={"choices": MODELS})
+    """resnet (He et al.), wide_resnet, small (three convolutions, for a CPU), or package.module:factory, a function of
+    the number of classes and the image shape that returns a network, which may have weights already"""
     depth: int = 20
     """layers: 6n + 2 of resnet, 6n + 4 of wide_resnet"""
     width: int = 1
@@ -90,6 +91,11 @@ class ClassifierConfig:
             object.__setattr__(self, one.name, conforming(one.name, getattr(self, one.name), kinds[one.name]))
         if self.dataset not in SOURCES:
             raise FewShotError(f"dataset is {self.dataset!r}; expected one of {', '.join(SOURCES)}")
+        if self.model not in MODELS and ":" not in self.model:
+            raise FewShotError(
+                f"model is {self.model!r}; expected one of {', '.join(MODELS)}, or package.module:factory"
+                f"{nearest(self.model, MODELS)}"
+            )
         for name in ("epochs", "batch_size", "depth", "width", "image_size", "checkpoint_every"):
             checks.require_count(name, getattr(self, name))
         checks.require_count("cutout", self.cutout, 0)
@@ -115,7 +121,9 @@ class ClassifierConfig:
     def title(self) -> str:
         """The run in a few words, fit for a file name."""
         noise = f"-noise{round(100 * self.label_noise)}" if self.label_noise else ""
-        return re.sub(r"[^\w.-]+", "-", f"{self.dataset}-{self.model}-{self.optimizer}{noise}-seed{self.seed}")
+        return re.sub(
+            r"[^\w.-]+", "-", f"{self.dataset}-{self.model.rpartition(':')[2]}-{self.optimizer}{noise}-seed{self.seed}"
+        )
 
     @property
     def val_batch_size(self) -> int:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-ModelName = Literal["small", "resnet", "wide_resnet"]
 OptimizerName = Literal["sgd", "sam", "asam", "friendly_sam", "agnostic_sam", "agnostic_asam"]
+MODELS = ("resnet", "wide_resnet", "small")
 SOURCES = ("cifar10", "cifar100", "mini_imagenet", "folder")

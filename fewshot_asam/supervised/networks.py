@@ -7,26 +7,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.supervised.names import ModelName
+from fewshot_asam.runtime.imports import imported, said_by
 
 
-def build_network(name: ModelName, depth: int, width: int, channels: int, classes: int, seed: int) -> nn.Module:
+def build_network(
+    name: str, depth: int, width: int, image_shape: tuple[int, int, int], classes: int, seed: int
+) -> nn.Module:
     """The network of that name; its initial weights depend on `seed` alone.
 
     **Arguments:**
 
+    - `name`: `small`, `resnet`, `wide_resnet`, or `package.module:factory`.
     - `depth`: layers: 6n + 2 of `resnet` (20, 32, 56), 6n + 4 of `wide_resnet` (16, 28, 40); `small` has 4 always.
     - `width`: factor of the number of filters, 1 for 16, 32, 64.
+    - `image_shape`: `(C, H, W)`.
 
-    Raises `FewShotError` for a depth that the network cannot have.
+    Raises `FewShotError` for a depth that the network cannot have, and where a factory fails or makes no network.
     """
+    channels = image_shape[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if ":" in name:
+            return _made(name, classes, image_shape)
         if name == "small":
             return Small(width, channels, classes)
         if name == "resnet":
             return ResNet(_blocks(name, depth, 2), width, channels, classes)
         return WideResNet(_blocks(name, depth, 4), width, channels, classes)
+
+
+def _made(reference: str, classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """What somebody's factory makes."""
+    factory = imported(reference, "model")
+    wanted = "expected a function of the number of classes and the image shape that returns an nn.Module"
+    try:
+        network: object = factory(classes, image_shape)
+    except Exception as error:  # of anyone's code
+        raise FewShotError(f"model {reference!r} failed ({said_by(error)}); {wanted}") from error
+    if not isinstance(network, nn.Module):
+        raise FewShotError(f"model {reference!r} returned a {type(network).__name__}; {wanted}")
+    return network
 
 
 def _blocks(name: str, depth: int, others: int) -> int:

@@ -50,12 +50,15 @@ def tensors(optimizer: Optimizer) -> Tensors:
 
 
 def put_back(optimizer: Optimizer, found: Mapping[str, Tensor]) -> None:
-    """Puts in what `tensors` gave."""
+    """Puts in what `tensors` gave, in the parameters' own memory format, on which the rounding of norms depends."""
     state = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for kind in ("state", "base_state"):
         if kind in state:
             state[kind] = {}
     for key, value in found.items():
         kind, number, name = key.split("/")
-        state[kind].setdefault(int(number), {})[name] = value
+        parameter = parameters[int(number)]
+        own = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        state[kind].setdefault(int(number), {})[name] = own.detach()
     optimizer.load_state_dict(state)

@@ -140,11 +140,9 @@ class ClassifierState:
         found = []
         self.network.eval()
         try:
-            for images, labels in zip(
-                torch.split(data.images, AT_ONCE), torch.split(data.labels, AT_ONCE), strict=True
-            ):
+            for images in torch.split(data.images, AT_ONCE):
                 between()
-                found.append(self.network(self._floats(images)).argmax(1) == labels)
+                found.append(self.network(self._floats(images)).argmax(1))
         finally:
             self.network.train()
         return (torch.cat(found) == data.labels).cpu()
@@ -217,7 +215,7 @@ def build(config: ClassifierConfig, train: ImageSet, test: ImageSet, device: tor
             f"batch_size is {config.batch_size} and holdout {config.holdout}, but there are {len(whole.labels)} "
             "training images; expected at most as many as are left to train on, and none or two held out"
         )
-    network = build_network(config.model, config.depth, config.width, train.shape[0], classes, config.seed)
+    network = build_network(config.model, config.depth, config.width, train.shape, classes, config.seed)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     pixels = whole.images[kept].float() / 255
     deviation = pixels.std((0, 2, 3)).clamp(min=1e-3)
