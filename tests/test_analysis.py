@@ -317,6 +317,17 @@ def test_a_classifier_is_analysed_in_eval_mode_and_left_as_it_is() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_losses_stay_when_the_model_is_trained_further() -> None:
+    learner = made_learner(smooth_net(), LR, "maml", adapt="head")
+    for steps in (0, 1):
+        task = task_losses(learner, episodes(), steps, generator())[0]
+        loss = task.query(task.after).item()
+        with torch.no_grad():
+            for value in learner.model.parameters():
+                value.add_(0.1)
+        assert task.query(task.after).item() == loss
+
+
 @pytest.mark.parametrize(("name", "depth"), [("small", 4), ("resnet", 8)])
 def test_networks_of_train_classifier_are_analysed_too(name: Any, depth: int) -> None:
     """In `eval()` mode, where their batch norm is an affine map."""

@@ -90,7 +90,8 @@ def task_losses(
     - `steps`: inner steps, at least 0.
     - `generator`: for the augmented validation set, on the images' device.
 
-    The model stays in the mode that it is in: for what a test sees, call `learner.eval()` first.
+    The losses keep the parameters of now, also when the model is trained further. It stays in the mode that it is in:
+    for what a test sees, call `learner.eval()` first.
     """
     own = learner.inner_loop
     _require_derivatives(learner, episodes)
@@ -147,7 +148,7 @@ def _query_set(own: InnerLoop, episodes: Episodes, index: int) -> tuple[Tensor, 
 def _adapted(
     own: InnerLoop, data: tuple[Tensor, ...], queries: tuple[Tensor, ...], steps: int, duplicate: bool
 ) -> TaskLosses:
-    shared = {name: value.detach() for name, value in shared_parameters(own).items()}
+    shared = {name: value.detach().clone() for name, value in shared_parameters(own).items()}
 
     def gradient(params: Params, shared: Params, x: Tensor, y: Tensor) -> Params:
         return autograd_gradient(SupportLoss(own, shared, x, y), params)
@@ -158,7 +159,7 @@ def _adapted(
         before = {name: value.detach().clone() for name, value in state[0].items()}
         for number in range(steps):
             state = step(own, state, (train, train if duplicate else val), engine.rates(own, number))
-        after = {name: value.detach() for name, value in state[0].items()}
+        after = {name: value.detach().clone() for name, value in state[0].items()}
         logits = query(own, after, shared, queries)[1]
     return TaskLosses(
         support=SupportLoss(own, shared, *data[:2]),

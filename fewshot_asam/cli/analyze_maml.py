@@ -26,6 +26,7 @@ with importing():
     from fewshot_asam.cli.analysis_output import figures, plain, table
     from fewshot_asam.cli.eval_maml import require_different, require_same_tasks
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
+    from fewshot_asam.engine.precision import precision
     from fewshot_asam.errors import FewShotError
     from fewshot_asam.runtime.allocator import keep_freed_memory
     from fewshot_asam.training.build import load_data, resolve_device
@@ -137,7 +138,8 @@ def _analysed(configs: dict[str, TrainConfig], settings: AnalysisConfig) -> dict
     episodes = evaluation_sampler(first, dataset.test, settings.seed).sample(settings.tasks)
     side = torch.linspace(-EXTENT, EXTENT, settings.grid).tolist()
     found = {}
-    with tqdm(total=len(configs) * settings.tasks, unit="task", desc="analysis", disable=None) as progress:
+    total = len(configs) * settings.tasks
+    with precision("float32", device), tqdm(total=total, unit="task", desc="analysis", disable=None) as progress:
         for folder, learner in learners.items():
             found[folder] = analyse(
                 learner,
