@@ -331,7 +331,7 @@ def test_losses_stay_when_the_model_is_trained_further() -> None:
 @pytest.mark.parametrize(("name", "depth"), [("small", 4), ("resnet", 8)])
 def test_networks_of_train_classifier_are_analysed_too(name: Any, depth: int) -> None:
     """In `eval()` mode, where their batch norm is an affine map."""
-    model = build_network(name, depth, 1, 1, 3, seed=0).double().eval()
+    model = build_network(name, depth, 1, (1, 16, 16), 3, seed=0).double().eval()
     batch = episodes()
     loss, params = supervised_loss(model, batch.query_x[0], batch.query_y[0])
     v = vector(sum(value.numel() for value in params.values()))
