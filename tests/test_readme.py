@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fewshot_asam.cli import eval_maml, predict_maml, reproduce_maml, train_classifier, train_maml
+from fewshot_asam.cli import analyze_maml, eval_maml, predict_maml, reproduce_maml, train_classifier, train_maml
 from fewshot_asam.cli.parsing import Parser, add_settings, parse
 from fewshot_asam.supervised.config import ClassifierConfig
 from fewshot_asam.training.config import TrainConfig
@@ -72,6 +72,7 @@ def test_command_lines_parse(command: str, tmp_path: Path, monkeypatch: pytest.M
         parser = Parser(prog=name, description=None)
         parser.add_argument("things", nargs="+")
         configs = {"eval_maml": eval_maml.EvalConfig, "predict_maml": predict_maml.PredictConfig}
+        configs["analyze_maml"] = analyze_maml.AnalysisConfig
         if name == "reproduce_maml":
             parser.add_argument("--render", action="store_true")
         add_settings(parser, configs.get(name, reproduce_maml.QueueConfig))
@@ -82,7 +83,7 @@ def test_command_lines_parse(command: str, tmp_path: Path, monkeypatch: pytest.M
 def test_there_are_blocks_and_command_lines() -> None:
     assert sum(map(len, PYTHON.values())) >= 8
     assert {words_of(line)[0] for line in COMMANDS if words_of(line)} == {
-        *("train_maml", "train_classifier", "eval_maml", "predict_maml", "reproduce_maml")
+        *("train_maml", "train_classifier", "eval_maml", "predict_maml", "analyze_maml", "reproduce_maml")
     }
     assert len(COMMANDS) >= 20
 

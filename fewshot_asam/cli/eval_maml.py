@@ -77,7 +77,14 @@ def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, Tr
     return trained, replace(with_rule(trained, test.inner or trained.inner), **changed)
 
 
-def _require_same_tasks(runs: dict[str, TrainConfig]) -> None:
+def require_different(folders: Sequence[str]) -> None:
+    """Raises `FewShotError` where a run is given twice."""
+    if len({Path(folder).resolve() for folder in folders}) != len(folders):
+        raise FewShotError("the same run was given twice; expected different ones")
+
+
+def require_same_tasks(runs: dict[str, TrainConfig]) -> None:
+    """Raises `FewShotError` where runs, by folder, were trained for different tasks and so cannot be compared."""
     (first, expected), *others = runs.items()
     for folder, config in others:
         for name in SAME_TASKS + (SAME_FOLDER if expected.dataset == "folder" else ()):
@@ -121,10 +128,9 @@ def command(argv: Sequence[str]) -> None:
     require_count("tasks", test.tasks, 2)
     require_seed("seed", test.seed)
     settings = {folder: _trained_and_tested(Path(folder), test) for folder in given.runs}
-    if len({Path(folder).resolve() for folder in given.runs}) != len(given.runs):
-        raise FewShotError("the same run was given twice; expected different ones")
+    require_different(given.runs)
     to_test = {folder: pair[1] for folder, pair in settings.items()}
-    _require_same_tasks(to_test)
+    require_same_tasks(to_test)
     require_same_everywhere({"the number of runs": len(to_test), "tasks": test.tasks, "seed": test.seed})
     for config in to_test.values():
         require_same_everywhere(shared(config))

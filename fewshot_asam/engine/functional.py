@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,7 @@ class FunctionalModel:
         self.module = module
         self._places = _places(module)
         self._recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+        self._instead: dict[str, Tensor] = {}
 
     def __call__(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """What the module returns; `params` by the names of `named_parameters` and `named_buffers`."""
@@ -85,10 +87,16 @@ class FunctionalModel:
         with self.alone():
             return functional_call(_Holder(self.module), values, (function,), tie_weights=False)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, Tensor]:
         """The module's own parameters, by name."""
         with exclusive:
-            return dict(self.module.named_parameters())
+            return {**dict(self.module.named_parameters()), **self._instead}
+
+    def starting_from(self, params: dict[str, Tensor]) -> FunctionalModel:
+        """The same function, that gives `params` as its own parameters of these names."""
+        other = copy.copy(self)
+        other._instead = params
+        return other
 
     def replaced(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> set[str]:
         """The names of those `params` that a call changes, in place or for other tensors."""
