@@ -91,7 +91,10 @@ class SharpnessAware(Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the weights back where the step began and forgets its gradients, as if it had not been begun."""
+        """Puts the weights back where the step began and forgets its gradients, as if it had not been begun.
+
+        A step by hand that is given up needs this: until then the running statistics of norm layers stand still.
+        """
         if self._saved:
             torch._foreach_copy_(self._parameters(), self._saved)
         self._begin_anew()
