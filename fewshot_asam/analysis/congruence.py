@@ -36,7 +36,8 @@ def congruence(learner: MetaLearner, episodes: Episodes, generator: torch.Genera
     own = learner.inner_loop
     duplicate = own.validation == "duplicate"
     source: Validation = "augment" if duplicate else own.validation
-    train_set, val_set = lower_level_sets(episodes.support_x, episodes.support_y, source, generator)
+    queries = (episodes.query_x, episodes.query_y)
+    train_set, val_set = lower_level_sets(episodes.support_x, episodes.support_y, source, generator, queries)
     data = (*train_set, *(val_set or ()))
     shared, found = shared_parameters(own), []
 

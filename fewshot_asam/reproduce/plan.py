@@ -24,13 +24,13 @@ two rules of a control are equal but for rounding, so their difference is noise.
 SECTION_KEYS = ("settings", "rules", "tests", "seeds", "published", "note")
 """What a section may say: settings of its own, which rules and tests (all), other seeds, published accuracies in %, and
 what its readers must know."""
-TEST_SETTINGS = ("inner", "inner_steps", "inner_lr")
+TEST_SETTINGS = ("inner", "inner_steps", "inner_lr", "label_noise", "test_dataset")
 """Settings of a run that a test may change, as `eval_maml` can."""
-NOT_IN_PLANS = ("data_root", "output_dir", "device", "max_minutes", "seed")
+NOT_IN_PLANS = ("data_root", "test_data_root", "init_from", "output_dir", "device", "max_minutes", "seed")
 """Settings of a run that a plan does not give: where it runs, and the seed, which has a list of its own."""
 NOT_IN_NAMES = (
     *("data_root", "output_dir", "device", "max_minutes", "checkpoint_every", "test_tasks", "congruence_tasks"),
-    "keep_snapshots",
+    *("keep_snapshots", "test_dataset", "test_data_root", "init_from"),
     *("engine", "torch_compile", "recompute", "cuda_graph"),
 )
 """Settings that leave a run's weights as they are, up to rounding, so that its name does not depend on them."""
@@ -44,12 +44,14 @@ MOST_TASKS = 10**7
 
 
 class Adaptation(NamedTuple):
-    """Which weights of a run are tested, and how they adapt."""
+    """Which weights of a run are tested, how they adapt, and to what."""
 
     inner: str
     inner_steps: int
     inner_lr: float
     weights: WeightsName = "best"
+    label_noise: float = 0.0
+    test_dataset: str | None = None
 
 
 class Test(NamedTuple):
@@ -173,8 +175,8 @@ def adaptation_command(test: Mapping[str, Any]) -> str:
 
 def resolved(test: Mapping[str, Any], config: TrainConfig) -> Test:
     """A test of a run with these settings."""
-    inner, steps, lr = (test.get(name, getattr(config, name)) for name in TEST_SETTINGS)
-    return Test(Adaptation(inner, steps, lr, test.get("weights", "best")), test["tasks"])
+    inner, steps, lr, noise, dataset = (test.get(name, getattr(config, name)) for name in TEST_SETTINGS)
+    return Test(Adaptation(inner, steps, lr, test.get("weights", "best"), noise, dataset), test["tasks"])
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

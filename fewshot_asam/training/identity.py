@@ -14,12 +14,15 @@ from fewshot_asam.data import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.yaml_settings import filled
-from fewshot_asam.training.config import Part, TrainConfig, located, plain
+from fewshot_asam.training.config import PLACES, Part, TrainConfig, located, plain
 from fewshot_asam.training.given import require_given
 
-FREE_TO_CHANGE = ("iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every", "keep_snapshots")
+FREE_TO_CHANGE = (
+    *("iterations", "max_minutes", "checkpoint_every", "keep_snapshots"),
+    *("data_root", "test_data_root", "init_from", "output_dir"),
+)
 """Settings with which a run may be resumed although they differ."""
-OF_A_MACHINE = ("data_root", "split_csv", "output_dir")
+OF_A_MACHINE = (*PLACES, "output_dir")
 """Settings that may differ between the processes of a job: where the files are on each machine."""
 AT_ONCE = 4096
 """Images that are digested together, as many as are copied from a GPU at a time."""
