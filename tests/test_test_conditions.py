@@ -192,7 +192,6 @@ def test_a_run_is_tested_on_another_dataset(
         (["--train-classes", "3"], "train_classes is 3; expected at least 5"),
         (["--train-classes", "100000"], "but glyphs has 805 training classes"),
         (["--test-dataset", "glyph"], "test_dataset is 'glyph'; expected one of"),
-        (["--test-data-root", "there"], "test_data_root is given without test_dataset"),
         (["--test-dataset", "folder"], "was given no root"),
         (["--validation", "other_task", "--meta-batch-size", "1"], "with validation 'other_task', is 1; expected at"),
         (["--validation", "other_task", "--test-tasks", "41"], "test_tasks is 41, of which the last is drawn alone"),

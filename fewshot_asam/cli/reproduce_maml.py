@@ -34,6 +34,10 @@ class QueueConfig:
     """folder of the ledger, the pages and their figures"""
     runs: Path = Path("runs/reproduce")
     """folder of the run folders"""
+    test_data_root: Path | None = None
+    """folder that holds the files of the datasets that runs are tested on besides their own; data_root if not given"""
+    init_from: Path | None = None
+    """run, or file of weights, that the plan's forks begin from"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one"""
     max_minutes: float | None = None
@@ -59,8 +63,11 @@ def command(argv: Sequence[str]) -> None:
         write_pages(plans, settings.results)
         return
     keep_freed_memory()
-    data = settings.data_root and settings.data_root.absolute()
-    run_queue(cells(plans), Place(data, settings.results, settings.runs, settings.device), settings.max_minutes)
+    data, others, start = (
+        path and path.absolute() for path in (settings.data_root, settings.test_data_root, settings.init_from)
+    )
+    place = Place(data, settings.results, settings.runs, settings.device, others, start)
+    run_queue(cells(plans), place, settings.max_minutes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -182,8 +182,6 @@ class TrainConfig:
             checks.require_dataset(self.dataset)
         if self.test_dataset is not None:
             checks.require_dataset(self.test_dataset, "test_dataset")
-        elif self.test_data_root is not None:
-            raise FewShotError("test_data_root is given without test_dataset; name the dataset that its files are of")
         if self.train_classes is not None:
             checks.require_count("train_classes", self.train_classes, self.ways)
         require_part(self.label_noise)

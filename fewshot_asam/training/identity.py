@@ -54,10 +54,15 @@ def identify(config: TrainConfig, dataset: Dataset) -> Identity:
     """The identity of a run with these settings on these data."""
     splits = (dataset.train, dataset.val, dataset.test)
     classes = hashlib.sha256(json.dumps([images.names for images in splits]).encode()).hexdigest()
+    return Identity(_kept(config), classes, images_digest(*splits), dataset.train.shape)
+
+
+def images_digest(*splits: ImageSet) -> str:
+    """Of the pixels of some splits, and of how many images each class has."""
     pixels = hashlib.sha256()
     for images in splits:
         _digest(images, pixels)
-    return Identity(_kept(config), classes, pixels.hexdigest(), dataset.train.shape)
+    return pixels.hexdigest()
 
 
 def from_json(text: str | None, origin: str) -> Identity:
