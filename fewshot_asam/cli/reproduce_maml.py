@@ -18,8 +18,7 @@ from fewshot_asam.cli.surroundings import importing
 with importing():
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
     from fewshot_asam.errors import FewShotError
-    from fewshot_asam.reproduce.pages import write_pages
-    from fewshot_asam.reproduce.plan import cells, read_plan
+    from fewshot_asam.reproduce.plan import Plan, cells, read_plan
     from fewshot_asam.reproduce.runner import Place, run_queue
     from fewshot_asam.runtime.allocator import keep_freed_memory
 
@@ -44,6 +43,17 @@ class QueueConfig:
     """stop after so many minutes, everything saved; the same command goes on"""
 
 
+def _write_pages(plans: Sequence[Plan], results: Path) -> None:
+    """Imports what the pages need only now, as running plans does without it."""
+    try:
+        from fewshot_asam.reproduce.pages import write_pages
+    except ImportError as error:
+        raise FewShotError(
+            f"pages need SciPy and statsmodels ({error}): pip install 'fewshot_asam[reproduce]'"
+        ) from error
+    write_pages(plans, results)
+
+
 def command(argv: Sequence[str]) -> None:
     """Parses the arguments, then runs what the ledger lacks or, with `--render`, writes the pages."""
     parser = Parser(prog="reproduce_maml", description=__doc__)
@@ -60,7 +70,7 @@ def command(argv: Sequence[str]) -> None:
         raise FewShotError(f"max_minutes is {settings.max_minutes}; expected a number above 0 and below 1e6")
     plans = [read_plan(Path(name)) for name in given.plans]
     if given.render:
-        write_pages(plans, settings.results)
+        _write_pages(plans, settings.results)
         return
     keep_freed_memory()
     data, others, start = (
