@@ -6,6 +6,7 @@ support images a task, `C H W` channels, height and width of an image.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -88,19 +89,27 @@ class EpisodeSampler:
     - `images`: the split to draw from, on the device where the episodes are wanted.
     - `ways`, `shots`, `queries`: `N >= 2`, `K >= 1`, `Q >= 1`; `shots` and `queries` count images of one class.
     - `seed`: of the sampler's own generator.
+    - `label_noise`: the part of each task's support labels that are wrong, as `with_label_noise` says; query labels are
+      right. A third generator makes them wrong, so that the same seed gives the same images with and without.
 
-    Raises `FewShotError` where the split has too few classes, or one of its classes too few images.
+    Raises `FewShotError` where the split has too few classes, or one of its classes too few images, and where
+    `label_noise` is no part.
     """
 
-    def __init__(self, images: ImageSet, ways: int, shots: int, queries: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, images: ImageSet, ways: int, shots: int, queries: int, *, seed: int = 0, label_noise: float = 0.0
+    ) -> None:
         _check(images, ways, shots, queries)
+        require_part(label_noise)
         self.images, self.ways, self.shots, self.queries = images, ways, shots, queries
+        self.label_noise = label_noise
         self._starts = images.starts
         self._longest = int(images.counts.max())
         self._even = bool((images.counts == self._longest).all())
         device = images.images.device
         self.generator = torch.Generator(device).manual_seed(seed)
         self.augmentation = torch.Generator(device).manual_seed(seed + 1)
+        self.noise = torch.Generator(device).manual_seed(seed + 2)
 
     def draw(self, num_tasks: int) -> tuple[Tensor, Tensor]:
         """The classes drawn, int64 `[T, N]`, and the indices of their images, int64 `[T, N, K+Q]`."""
@@ -120,7 +129,10 @@ class EpisodeSampler:
             raise FewShotError(f"{num_tasks} tasks were asked for; expected at least 1")
         index = self.draw(num_tasks)[1]
         support, query = torch.split(index, [self.shots, self.queries], dim=2)
-        return Episodes(*self._gather(support), *self._gather(query))
+        support_x, support_y = self._gather(support)
+        if self.label_noise:
+            support_y = with_label_noise(support_y, self.ways, self.label_noise, self.noise)
+        return Episodes(support_x, support_y, *self._gather(query))
 
     def _gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.images.images[index.flatten(1)]  # [T, N*n, C, H, W]
@@ -128,13 +140,42 @@ class EpisodeSampler:
         return pixels.to(torch.get_default_dtype()) / 255, labels.expand(len(index), -1).contiguous()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generators' states: the stream goes on from here."""
-        return {"generator": self.generator.get_state(), "augmentation": self.augmentation.get_state()}
+        """The generators' states: the stream goes on from here. That of the noise is left out where there is none."""
+        states = {"generator": self.generator.get_state(), "augmentation": self.augmentation.get_state()}
+        return states | ({"noise": self.noise.get_state()} if self.label_noise else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a state that `state_dict` gave."""
-        self.generator.set_state(state["generator"].cpu())
-        self.augmentation.set_state(state["augmentation"].cpu())
+        for name in self.state_dict():
+            getattr(self, name).set_state(state[name].cpu())
+
+
+def with_label_noise(labels: Tensor, ways: int, part: float, generator: torch.Generator) -> Tensor:
+    """Support labels of which a part are wrong: symmetric noise within each task.
+
+    **Arguments:**
+
+    - `labels`: int64 `[T, S]`, `0..ways-1`.
+    - `part`: of each task's `S = N*K` labels, exactly `floor(part * S + 1/2)` are replaced: the nearest whole number,
+      the larger one where two are equally near. Which ones is drawn uniformly, without regard to their classes.
+    - `generator`: on the labels' device.
+
+    **Returns:** new labels `[T, S]`. A replaced label becomes one of the other `ways - 1` classes of the task, each
+    equally likely and independently of the others; never the one that it was.
+    """
+    number = math.floor(part * labels.shape[1] + 0.5)
+    if number == 0:
+        return labels
+    keys = torch.rand(labels.shape, generator=generator, device=labels.device)
+    wrong = keys.topk(number, dim=1).indices
+    shift = torch.randint(1, ways, wrong.shape, generator=generator, device=labels.device)
+    return labels.scatter(1, wrong, (labels.gather(1, wrong) + shift) % ways)
+
+
+def require_part(label_noise: float) -> None:
+    """Raises `FewShotError` for what is no part of the labels."""
+    if not 0 <= label_noise <= 1:
+        raise FewShotError(f"label_noise is {label_noise}; expected a part of the support labels from 0 to 1")
 
 
 def _check(images: ImageSet, ways: int, shots: int, queries: int) -> None:

@@ -8,7 +8,9 @@ from fewshot_asam.reproduce import ledger, pages
 from fewshot_asam.reproduce.overview import table_rows
 from fewshot_asam.reproduce.plan import cells, read_plan
 from fewshot_asam.reproduce.section_results import plan_results
+from fewshot_asam.reproduce.verdicts import verdicts
 from fewshot_asam.training.evaluation import interval
+from test_registration import REGISTERED
 from tiny_plan import TINY, all_invented, by_rule, columns, invented, overview, rendered, written
 
 ROOT = Path(__file__).parents[1]
@@ -16,20 +18,16 @@ PLANS = sorted((ROOT / "experiments").glob("*.yaml"))
 
 
 def test_superseded_runs_are_apart(tmp_path: Path) -> None:
-    """On a page of their own, and in no table or figure with others."""
-    old = written(tmp_path, "superseded: They began elsewhere.\n" + TINY, "old")
-    new = written(tmp_path, TINY.replace("hidden: 4", "hidden: 8"), "new")
+    """On a page of their own that says so, and never among those that give verdicts."""
+    old = written(tmp_path, "superseded: They began elsewhere.\n" + REGISTERED + TINY, "old")
+    new = written(tmp_path, REGISTERED + TINY.replace("hidden: 4", "hidden: 8"), "new")
     found = all_invented(old) | all_invented(new)
-    assert [row.plan.name for row in table_rows(plan_results([old, new], found))] == ["new"]
-    first = overview([old, new], found)
-    assert not any("old.md" in line for line in first.splitlines() if line.startswith("|"))
-    assert columns(first, "| Folder 3-way 1-shot |")[-1] == "[new](new.md)"
-    assert "[old](old.md), runs of superseded settings and [new](new.md)" in first
+    plans = plan_results([old, new], found)
+    assert {row.plan.plan.name for row in table_rows(plans)} == {"new"}
+    assert verdicts(plans).sections.keys() == {("new", "Folder 3-way 1-shot")}
     assert "> **Superseded.** They began elsewhere.\n" in rendered(old, found)
     assert "Superseded" not in rendered(new, found)
-    only = overview([old], all_invented(old))
-    assert "Nothing has been run with the present defaults yet." in only
-    assert "| Folder" not in only
+    assert "Nothing has been run with the present defaults yet." in overview([old], found)
 
 
 def test_the_first_page_is_short(tmp_path: Path) -> None:
@@ -63,9 +61,8 @@ def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
     assert columns(text, "| MAML | 50.00")[2:4] == [f"{100 * mean:.2f} ± {100 * half_width:.2f}", "70.00 ± 1.00"]
     assert f"MAML reaches {100 * mean:.2f} ± {100 * half_width:.2f} % on Folder 3-way 1-shot ([tiny](tiny.md)" in first
     assert "one seed each" in first
-    assert "Not known: no claim has been tested with several seeds" in first
-    assert "claims and questions have no verdict yet" in text
-    for word in ("confirmed", "better", "worse", "in favour"):
+    assert "Not known: no plan is registered." in first
+    for word in ("better**", "worse**", "equal within"):
         assert word not in text
     assert "Paired differences" not in text
 
@@ -74,13 +71,8 @@ def test_what_one_seed_would_have_shown(tmp_path: Path) -> None:
     """Agnostic-SAM is better by 10 points in one seed and worse by as many in the other."""
     plan = written(tmp_path)
     found = {c.name: invented(c, {"agnostic_sam": 0.1 if c.config.seed else -0.1}) for c in cells([plan])}
-    text, first = rendered(plan, found), overview([plan], found)
-    assert "of 2 differences within one seed where several seeds say inside the noise, 2 have an interval" in text
-    assert "of 2 differences that several seeds call noise, 2 look certain over the tasks of one seed." in first
-    assert "Of 2 comparisons over several seeds, 0 have intervals that leave out 0." in text
-    assert "Not shown: of 1 test of a published claim over several seeds ([tiny](tiny.md)): 1 not confirmed" in first
-    found = all_invented(plan, {"agnostic_sam": 0.1})
-    text, first = rendered(plan, found), overview([plan], found)
+    text = rendered(plan, found)
+    assert "of 2 differences within one seed where several seeds show none, 2 have an interval" in text
+    assert "Of 2 comparisons over several seeds, 0 have intervals" in text
+    text = rendered(plan, all_invented(plan, {"agnostic_sam": 0.1}))
     assert "One seed misleads" not in text
-    assert "Of 2 comparisons over several seeds, 2 have intervals that leave out 0." in text
-    assert "In 1 of 1 test of a published claim over several seeds ([tiny](tiny.md)): 1 confirmed." in first

@@ -1,4 +1,4 @@
-"""Intervals over seeds and tasks, and verdicts."""
+"""Intervals over seeds and tasks, and paired differences."""
 
 from __future__ import annotations
 
@@ -35,42 +35,22 @@ def test_differences_are_paired() -> None:
     low, high = found.seeds.mean - found.seeds.half_width, found.seeds.mean + found.seeds.half_width
     assert (low, high) == pytest.approx((expected.low, expected.high), rel=2e-4)
     assert found.tasks.mean == pytest.approx((first - second).mean())
-    assert found.verdict(None) == "better"
+    assert found.leaves_out_0
 
 
 @pytest.mark.parametrize(
-    ("tasks", "seeds", "floor", "verdict"),
+    ("tasks", "seeds", "leaves_out"),
     [
-        ((0.02, 0.01), (0.02, 0.015, 3), None, "better"),
-        ((-0.02, 0.01), (-0.02, 0.015, 3), None, "worse"),
-        ((0.02, 0.03), (0.02, 0.015, 3), None, "inside the noise"),
-        ((-0.02, 0.01), (-0.02, 0.05, 3), None, "inside the noise"),
-        ((0.0, 0.0), (0.0, 0.0, 3), None, "inside the noise"),
-        ((0.02, 0.01), (0.02, None, 1), None, "one seed: no verdict"),
-        ((0.02, 0.01), (0.02, 0.015, 3), 0.019, "better"),
-        ((0.02, 0.01), (0.02, 0.015, 3), 0.021, "no more than the control shows"),
-        ((-0.02, 0.01), (-0.02, 0.015, 3), 0.021, "no more than the control shows"),
-        ((0.02, 0.03), (0.02, 0.015, 3), 0.021, "inside the noise"),
+        ((0.02, 0.01), (0.02, 0.015, 3), True),
+        ((-0.02, 0.01), (-0.02, 0.015, 3), True),
+        ((0.02, 0.03), (0.02, 0.015, 3), False),
+        ((-0.02, 0.01), (-0.02, 0.05, 3), False),
+        ((0.0, 0.0), (0.0, 0.0, 3), False),
+        ((0.02, 0.01), (0.02, None, 1), False),
     ],
 )
-def test_verdicts(tasks: tuple[float, float], seeds: tuple[Any, ...], floor: float | None, verdict: str) -> None:
-    assert statistics.Comparison({}, Interval(*tasks), statistics.Spread(*seeds)).verdict(floor) == verdict
-
-
-def test_the_reach_of_a_control() -> None:
-    """The farther end of its interval over seeds."""
-    generator = np.random.default_rng(1)
-    first = {seed: torch.tensor(generator.normal(0.8, 0.1, 50)) for seed in range(4)}
-    second = {seed: values - torch.tensor(generator.normal(0.01, 0.02, 50)) for seed, values in first.items()}
-    differences = [(first[seed] - second[seed]).mean().item() for seed in first]
-    low, high = stats.t.interval(0.95, 3, np.mean(differences), stats.sem(differences))
-    for one, other in ((first, second), (second, first)):
-        found = statistics.compare(one, other)
-        assert found is not None
-        assert found.reach == pytest.approx(max(abs(low), abs(high)), rel=2e-4)
-    alone = statistics.compare({0: first[0]}, {0: second[0]})
-    assert alone is not None
-    assert alone.reach is None
+def test_both_intervals_must_leave_out_0(tasks: tuple[float, float], seeds: tuple[Any, ...], leaves_out: bool) -> None:
+    assert statistics.Comparison({}, Interval(*tasks), statistics.Spread(*seeds)).leaves_out_0 == leaves_out
 
 
 def test_rules_without_a_common_seed_are_not_compared() -> None:

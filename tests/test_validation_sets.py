@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fewshot_asam import FewShotError
+from fewshot_asam import FewShotError, MetaLearner
+from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
 from fewshot_asam.rules.validation_sets import ROTATION, SHIFT, augmented, lower_level_sets
+from problems import episodes as drawn
+from problems import smooth_net
 
 
 def numbered(tasks: int, ways: int, shots: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,3 +76,44 @@ def test_split_needs_even_classes() -> None:
         lower_level_sets(x[:, :5], y[:, :5], "split", None)
     with pytest.raises(FewShotError, match="same number of shots for each class"):
         lower_level_sets(x, torch.tensor([[0, 0, 0, 1, 1, 2]]), "split", None)
+
+
+def test_other_task_is_the_query_set_of_the_task_before() -> None:
+    x, y = numbered(3, 4, 1)
+    queries = (torch.arange(3.0).view(3, 1, 1, 1, 1).expand(3, 8, 1, 1, 1), torch.arange(24).view(3, 8))
+    (train_x, train_y), val = lower_level_sets(x, y, "other_task", None, queries)
+    assert train_x is x
+    assert train_y is y
+    assert val is not None
+    assert val[0][:, 0].flatten().tolist() == [2, 0, 1]
+    assert val[1][:, 0].tolist() == [16, 0, 8]
+
+
+def test_other_task_is_never_the_task_itself() -> None:
+    x, y = numbered(1, 4, 1)
+    for queries in ((x, y), None):
+        with pytest.raises(FewShotError, match="a batch of 2 or more"):
+            lower_level_sets(x, y, "other_task", None, queries)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_other_task_is_adapted_to_alike_by_every_engine(engine: Any) -> None:
+    """As by `clone` and `adapt`, task by task, with a closure of the other task's queries."""
+    model, episodes = smooth_net(), drawn(tasks=3)
+    learner = MetaLearner(model, 0.3, AgnosticSAMRule(rho=0.2), validation="other_task", engine=engine)
+    found = learner.meta_loss(episodes, steps=2)
+    gradient = torch.autograd.grad(found.loss, list(model.parameters()))
+    losses = []
+    for task, other in enumerate([episodes.num_tasks - 1, *range(episodes.num_tasks - 1)]):
+        clone = learner.clone()
+        clone.adapt(
+            lambda net, i=task: F.cross_entropy(net(episodes.support_x[i]), episodes.support_y[i]),
+            steps=2,
+            validation=lambda net, i=other: F.cross_entropy(net(episodes.query_x[i]), episodes.query_y[i]),
+        )
+        losses.append(F.cross_entropy(clone(episodes.query_x[task]), episodes.query_y[task]))
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(found.loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, list(model.parameters())), rtol=1e-8, atol=1e-12)
+    duplicate = MetaLearner(model, 0.3, AgnosticSAMRule(rho=0.2), engine=engine).meta_loss(episodes, steps=2)
+    assert (duplicate.loss - expected).abs() > 1e-6, "another rule than with a duplicate"

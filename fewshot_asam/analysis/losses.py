@@ -97,7 +97,9 @@ def task_losses(
     _require_derivatives(learner, episodes)
     duplicate = own.validation == "duplicate"
     source: Validation = "augment" if duplicate else own.validation
-    train_set, val_set = lower_level_sets(episodes.support_x, episodes.support_y, source, generator)
+    train_set, val_set = lower_level_sets(
+        *(episodes.support_x, episodes.support_y, source, generator), (episodes.query_x, episodes.query_y)
+    )
     data = (*train_set, *(val_set or ()))
     return [
         _adapted(own, tuple(values[index] for values in data), _query_set(own, episodes, index), steps, duplicate)

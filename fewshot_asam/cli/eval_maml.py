@@ -9,7 +9,7 @@ examples:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +20,12 @@ with importing():
     from torch import Tensor
 
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
+    from fewshot_asam.data import DATASETS
     from fewshot_asam.errors import FewShotError
     from fewshot_asam.runtime import distributed
     from fewshot_asam.runtime.allocator import keep_freed_memory
     from fewshot_asam.training.announcements import result_text
-    from fewshot_asam.training.build import load_data, resolve_device
+    from fewshot_asam.training.build import load_data, resolve_device, test_images
     from fewshot_asam.training.checks import require_count, require_seed
     from fewshot_asam.training.config import TrainConfig, with_rule
     from fewshot_asam.training.evaluation import interval, paired_difference
@@ -54,17 +55,25 @@ class EvalConfig:
     """adapt with so many inner steps instead of the run's"""
     inner_lr: float | None = None
     """adapt with this inner learning rate instead of the run's"""
+    label_noise: float | None = None
+    """replace this part of each task's support labels by another class of the task, instead of the run's part"""
+    test_dataset: str | None = field(default=None, metadata={"choices": DATASETS})
+    """test on the test classes of this dataset (of folder: on all classes) instead of the run's"""
     data_root: Path | None = None
     """folder that holds the dataset's files, if not where the run found them"""
+    test_data_root: Path | None = None
+    """folder that holds the files of test_dataset; data_root if not given"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one"""
 
 
-SAME_TASKS = ("dataset", "ways", "shots", "queries")
+SAME_TASKS = ("dataset", "ways", "shots", "queries", "label_noise", "test_dataset")
 """Settings that runs must share to be tested on the same tasks."""
 SAME_FOLDER = ("data_root", "image_size", "channels", "split_csv", "split_seed", "split_fractions")
 """What they must share besides, where the images are of a folder of one's own."""
-OVERRIDES = ("inner", "inner_steps", "inner_lr", "data_root")
+CONDITIONS = ("inner", "inner_steps", "inner_lr", "label_noise", "test_dataset")
+"""Settings that may make a test another one than the run was trained for."""
+OVERRIDES = (*CONDITIONS, "data_root", "test_data_root")
 
 
 def _trained_and_tested(folder: Path, test: EvalConfig) -> tuple[TrainConfig, TrainConfig]:
@@ -97,8 +106,8 @@ def require_same_tasks(runs: dict[str, TrainConfig]) -> None:
 
 def _line(accuracies: Tensor, said_of: str, trained: TrainConfig, tested: TrainConfig) -> str:
     line = said_of + result_text(tested, interval(accuracies), len(accuracies))
-    changed = [name for name in OVERRIDES[:3] if getattr(trained, name) != getattr(tested, name)]
-    differences = ", ".join(f"{name} {getattr(trained, name)}" for name in changed)
+    changed = {name: was for name in CONDITIONS if (was := getattr(trained, name)) != getattr(tested, name)}
+    differences = ", ".join(f"{name} {'none' if was is None else was}" for name, was in changed.items())
     return line + (f", NOT as trained ({differences})" if changed else ", as trained")
 
 
@@ -124,7 +133,7 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     add_settings(parser, EvalConfig)
     given: Any = parse(parser, argv)
-    test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})
+    test = EvalConfig(**{one.name: given[one.name] for one in fields(EvalConfig)})
     require_count("tasks", test.tasks, 2)
     require_seed("seed", test.seed)
     settings = {folder: _trained_and_tested(Path(folder), test) for folder in given.runs}
@@ -146,10 +155,11 @@ def command(argv: Sequence[str]) -> None:
         ]
         for folder, (trained, tested) in settings.items()
     }
+    images = distributed.one_a_machine_first(lambda: test_images(first_run, dataset))
     accuracies: dict[str, Tensor] = {}
     for folder, config in to_test.items():
         accuracies[folder] = evaluated(
-            learners[folder], config, dataset.test, test.tasks, test.seed, permutations=test.permutations
+            learners[folder], config, images, test.tasks, test.seed, permutations=test.permutations
         )
         distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], _what(test), *settings[folder])}")
     for first, second in combinations(accuracies, 2):

@@ -18,8 +18,7 @@ from fewshot_asam.cli.surroundings import importing
 with importing():
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
     from fewshot_asam.errors import FewShotError
-    from fewshot_asam.reproduce.pages import write_pages
-    from fewshot_asam.reproduce.plan import cells, read_plan
+    from fewshot_asam.reproduce.plan import Plan, cells, read_plan
     from fewshot_asam.reproduce.runner import Place, run_queue
     from fewshot_asam.runtime.allocator import keep_freed_memory
 
@@ -34,10 +33,25 @@ class QueueConfig:
     """folder of the ledger, the pages and their figures"""
     runs: Path = Path("runs/reproduce")
     """folder of the run folders"""
+    test_data_root: Path | None = None
+    """folder that holds the files of the datasets that runs are tested on besides their own; data_root if not given"""
+    init_from: Path | None = None
+    """run, or file of weights, that the plan's forks begin from"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one"""
     max_minutes: float | None = None
     """stop after so many minutes, everything saved; the same command goes on"""
+
+
+def _write_pages(plans: Sequence[Plan], results: Path) -> None:
+    """Imports what the pages need only now, as running plans does without it."""
+    try:
+        from fewshot_asam.reproduce.pages import write_pages
+    except ImportError as error:
+        raise FewShotError(
+            f"pages need SciPy and statsmodels ({error}): pip install 'fewshot_asam[reproduce]'"
+        ) from error
+    write_pages(plans, results)
 
 
 def command(argv: Sequence[str]) -> None:
@@ -56,11 +70,14 @@ def command(argv: Sequence[str]) -> None:
         raise FewShotError(f"max_minutes is {settings.max_minutes}; expected a number above 0 and below 1e6")
     plans = [read_plan(Path(name)) for name in given.plans]
     if given.render:
-        write_pages(plans, settings.results)
+        _write_pages(plans, settings.results)
         return
     keep_freed_memory()
-    data = settings.data_root and settings.data_root.absolute()
-    run_queue(cells(plans), Place(data, settings.results, settings.runs, settings.device), settings.max_minutes)
+    data, others, start = (
+        path and path.absolute() for path in (settings.data_root, settings.test_data_root, settings.init_from)
+    )
+    place = Place(data, settings.results, settings.runs, settings.device, others, start)
+    run_queue(cells(plans), place, settings.max_minutes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

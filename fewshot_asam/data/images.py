@@ -97,6 +97,12 @@ class ImageSet:
         return replace(self, images=self.images.to(device), counts=self.counts.to(device))
 
 
+def joined(parts: Sequence[ImageSet]) -> ImageSet:
+    """The classes of several image sets of one shape as one; raises `FewShotError` where a name stands twice."""
+    images, counts = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "counts"))
+    return ImageSet(images, counts, tuple(name for part in parts for name in part.names))
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Three splits with disjoint classes: meta-training, meta-validation and meta-testing."""

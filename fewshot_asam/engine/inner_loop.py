@@ -90,9 +90,10 @@ class Batch(NamedTuple):
 
 def batch(inner_loop: InnerLoop, episodes: Episodes, generator: torch.Generator | None) -> Batch:
     """The tensors of all tasks; `generator` is for augmented validation sets."""
-    unused = inner_loop.validation == "augment" and not inner_loop.rule.needs_validation
+    unused = inner_loop.validation != "split" and not inner_loop.rule.needs_validation
     source: Validation = "duplicate" if unused else inner_loop.validation
-    train, val = lower_level_sets(episodes.support_x, episodes.support_y, source, generator)
+    queries = (episodes.query_x, episodes.query_y)
+    train, val = lower_level_sets(episodes.support_x, episodes.support_y, source, generator, queries)
     support = (episodes.support_x,) if inner_loop.inductive else ()
     return Batch((*train, *(val or ())), (episodes.query_x, episodes.query_y, *support))
 

@@ -109,8 +109,8 @@ def find(record: Record, test: Test) -> Record | None:
 
 
 def _adaptation(test: Record) -> Adaptation:
-    """Of a test's record; those of the first runs are all of the best weights and do not say so."""
-    return Adaptation(test["inner"], test["inner_steps"], test["inner_lr"], test.get("weights", "best"))
+    """Of a test's record, which leaves out what is as by default."""
+    return Adaptation(**{name: test[name] for name in Adaptation._fields if name in test})
 
 
 def pack(accuracies: Tensor, queries: int) -> str:

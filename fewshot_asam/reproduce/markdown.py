@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from fewshot_asam.reproduce.inference import Estimate
 from fewshot_asam.reproduce.statistics import Comparison, Spread, over_seeds
 from fewshot_asam.training.evaluation import Interval
 
@@ -35,12 +36,23 @@ def accuracy(by_seed: Sequence[Interval]) -> str:
     return spread(over_seeds([one.mean for one in by_seed])) if by_seed else NOTHING
 
 
-def difference(value: Comparison, noise_floor: float | None) -> str:
-    """A difference, its intervals and its verdict."""
+def difference(value: Comparison) -> str:
+    """A difference and its two intervals, each for itself."""
     width = value.seeds.half_width
     over = "" if width is None else f", seeds ± {100 * width:.2f}"
-    verdict = value.verdict(noise_floor)
-    return f"{100 * value.tasks.mean:+.2f} (tasks ± {100 * value.tasks.half_width:.2f}{over}): {verdict}"
+    return f"{100 * value.tasks.mean:+.2f} (tasks ± {100 * value.tasks.half_width:.2f}{over})"
+
+
+def simultaneous(value: Estimate | None) -> str:
+    """A difference with its simultaneous interval."""
+    return NOTHING if value is None else f"{100 * value.mean:+.2f} ± {100 * value.half_width:.2f}"
+
+
+def probability(value: float | None) -> str:
+    """A p-value; of small ones it is enough that they are small."""
+    if value is None:
+        return NOTHING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def cosine(value: Spread) -> str:

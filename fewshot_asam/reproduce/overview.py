@@ -6,52 +6,63 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fewshot_asam.reproduce.comparisons import misleading, noise_floor, pair_results, single_seed_differences
-from fewshot_asam.reproduce.markdown import accuracy, block, figure, picture, table
-from fewshot_asam.reproduce.plan import Plan
+from fewshot_asam.reproduce.comparisons import PairResult, control, estimate, noise_floor
+from fewshot_asam.reproduce.inference import Estimate, holm
+from fewshot_asam.reproduce.markdown import accuracy, block, picture, probability, simultaneous, table
 from fewshot_asam.reproduce.plan_page import progress
 from fewshot_asam.reproduce.section_results import PlanResults, SectionResults
-from fewshot_asam.reproduce.statistics import BETTER
-from fewshot_asam.training.evaluation import Interval
+from fewshot_asam.reproduce.verdicts import Verdict, Verdicts, compared, key, verdicts
 
-FIGURE = "accuracy.png"
+FIGURE = "differences.png"
 MOST_ROWS = 10
-NAMES = {"maml": "MAML", "sharp_maml_low": "Sharp-MAML_low", "agnostic_sam": "Agnostic-SAM"}
-"""Rules that have a column."""
+MOST_PANELS = 6
 
 HOW = """## How it was done
 
-- The weights that were best on fixed validation tasks are tested on 6,000 tasks, the same ones for all runs on one kind
-  of device. ± is a 95 % interval: over seeds (Student's t) where there are several, otherwise over tasks (normal), and
-  then it says nothing of other seeds. The Agnostic-SAM paper gives neither intervals nor a number of tasks. Its
-  protocol has 400, which alone makes about ±1 point.
-- Rules are compared after equal iterations, task by task and seed by seed. A rule is called **better** or **worse**
-  where the intervals over tasks and over seeds both leave out 0 and the difference is larger than what a control of two
-  equal rules leaves room for. **Inside the noise** does not say that rules are equal. One seed gets no verdict.
+- A **registered** plan says its hypotheses, runs, tests and when to stop, and is committed before its first run. Every
+  run records the commit and the digest of what the plan said, and a fingerprint of its data. No seed is added after
+  looking. Other plans give no verdicts.
+- Runs are compared after equal iterations, on the same seeds and test tasks. A two-way model (rule and seed) of all
+  runs of a section gives one global test, and differences whose 95 % intervals hold together: to one rule (Dunnett), or
+  of all pairs (Tukey). The error that other test tasks would add is in the intervals.
+- Each difference has two tests: against 0, and two one-sided ones that it is smaller than half a point (equivalence).
+  All p-values of all registered plans, the global ones too, are corrected together by Holm's method at 5 %. A test that
+  is not finished counts as one that finds nothing.
+- **Better** and **worse** need a corrected p below 0.05 and a difference beyond the **control**: two rules that are
+  equal but for rounding, run like the others. **Equal within 0.5 points** needs it of the equivalence. All else is
+  **not decided**.
 - Times are of runs that may have shared their machine; `python -m benchmarks.rules` measures better.
-- Congruence is the cosine of `∇L_t(θ)` and `∇L_v(θ_v)`, with an augmented copy of the support set as validation set.
-  `θ_v` is at the rule's own radius, so only rules of one radius can be compared.
 """
 
 
 class Row(NamedTuple):
-    """A section as the table and the figure show it: by rule, what was published, in %, and our accuracy by seed."""
+    """A comparison as the table shows it, and whether its plan is registered."""
 
-    plan: Plan
+    plan: PlanResults
+    pair: PairResult
+    verdict: Verdict
+
+
+class Panel(NamedTuple):
+    """A section as the figure shows it: differences to MAML by rule, and the plan's control.
+
+    - `margin`: of equivalence, a part of 1.
+    """
+
     title: str
-    published: dict[str, float]
-    ours: dict[str, dict[int, Interval]]
+    differences: dict[str, Estimate]
+    control: Estimate | None
+    margin: float
 
 
 def render(plans: Sequence[PlanResults]) -> str:
     """The page as text."""
-    rows = table_rows(plans)
-    parts = [
-        "# Do the sharpness-aware rules help?\n",
-        "\n".join(f"- {sentence}" for sentence in (_accuracy(rows), _help(plans), _one_seed(plans))) + "\n",
-    ]
+    found, rows = verdicts(plans), table_rows(plans)
+    answers = (_help(plans, found), _earlier(plans), _accuracy(plans))
+    parts = ["# Do the sharpness-aware rules help?\n", "\n".join(f"- {sentence}" for sentence in answers) + "\n"]
+    if panels(plans):
+        parts.append(f"{picture(FIGURE, 'Differences to MAML with simultaneous intervals')}\n")
     if rows:
-        parts.append(f"{picture(FIGURE, 'Accuracy of each rule beside the published one')}\n")
         parts.append(_table(rows))
     parts.append(HOW)
     parts.append(_pages(plans))
@@ -59,80 +70,117 @@ def render(plans: Sequence[PlanResults]) -> str:
     return "\n".join(parts)
 
 
+def _registered(plans: Sequence[PlanResults], wanted: bool) -> list[PlanResults]:
+    return [plan for plan in plans if bool(plan.plan.registered and not plan.plan.superseded) == wanted]
+
+
 def table_rows(plans: Sequence[PlanResults]) -> list[Row]:
-    """The sections with runs, of plans that are not superseded."""
-    found = [_row(plan.plan, one) for plan in plans if not plan.plan.superseded for one in plan.sections]
-    return [row for row in found if row.ours][:MOST_ROWS]
+    """The comparisons over several seeds, the most certain first: of registered plans, or else of all others."""
+    found = verdicts(plans)
+    for wanted in (True, False):
+        rows = [
+            Row(plan, one, found.pairs[key(plan, one)])
+            for plan in _registered(plans, wanted)
+            for one in compared(plan)
+            if one.estimate is not None
+        ]
+        if rows:
+            return sorted(rows, key=lambda row: row.pair.estimate.p if row.pair.estimate else 1.0)[:MOST_ROWS]
+    return []
 
 
-def _row(plan: Plan, results: SectionResults) -> Row:
-    """With the first rule of each kind."""
-    section = results.section
-    first = {config.inner: label for label, config in reversed(section.rules.items()) if config.inner in NAMES}
-    ours = {NAMES[inner]: results.means(label, results.main_test) for inner, label in first.items()}
-    published = {NAMES[inner]: section.published[label] for inner, label in first.items() if label in section.published}
-    for label, value in section.published.items():
-        published.setdefault(label.partition(" (")[0], value)  # MAML (Finn et al.) where the paper has no row
-    return Row(plan, section.title, published, {rule: means for rule, means in ours.items() if means})
+def panels(plans: Sequence[PlanResults]) -> list[Panel]:
+    """The sections with MAML and several seeds: of registered plans, or else of all others."""
+    for wanted in (True, False):
+        found = [panel for plan in _registered(plans, wanted) for r in plan.sections for panel in _panel(plan, r)]
+        if found:
+            return found[:MOST_PANELS]
+    return []
 
 
-def _accuracy(rows: Sequence[Row]) -> str:
-    """Of MAML, in the first section of each plan."""
-    first = {row.plan.name: row for row in reversed(rows) if "MAML" in row.ours}
-    said = [
-        f"{accuracy([*row.ours['MAML'].values()])} % on {row.title} ([{row.plan.name}]({row.plan.name}.md)"
-        + (f"; published: {row.published['MAML']:.2f})" if "MAML" in row.published else ")")
-        for row in reversed(first.values())
-    ]
+def _panel(plan: PlanResults, results: SectionResults) -> Iterable[Panel]:
+    rules, same = results.section.rules, control(plan)
+    maml = next((rule for rule, config in rules.items() if config.inner == "maml"), None)
+    if maml is None:
+        return
+    hidden = {same.first} if same else set()
+    each = {rule: estimate(plan, results, rule, maml) for rule in rules if rule != maml and rule not in hidden}
+    known = {rule: one for rule, one in each.items() if one is not None}
+    if known:
+        note = "" if plan.plan.registered and not plan.plan.superseded else " (not registered)"
+        seeds = f"\n{len(results.complete_seeds)} of {len(results.section.seeds)} seeds{note}"
+        margin = plan.plan.registered.margin if plan.plan.registered else 0.5
+        yield Panel(results.section.title + seeds, known, same.estimate if same else None, margin / 100)
+
+
+def _accuracy(plans: Sequence[PlanResults]) -> str:
+    """Of MAML, in the first section of each plan that is not superseded."""
+    said, seeds = [], set()
+    for plan in plans:
+        for results in () if plan.plan.superseded else plan.sections:
+            rule = next((rule for rule, config in results.section.rules.items() if config.inner == "maml"), None)
+            means = results.means(rule, results.main_test) if rule else {}
+            if rule and means:
+                published = results.section.published.get(rule)
+                note = f"; published: {published:.2f}" if published else ""
+                name = plan.plan.name
+                said.append(f"{accuracy([*means.values()])} % on {results.section.title} ([{name}]({name}.md){note})")
+                seeds.add(len(means))
+                break
     if not said:
         return "**How accurate?** Nothing has been run with the present defaults yet."
-    seeds = {len(row.ours["MAML"]) for row in first.values()}
     return f"**How accurate?** MAML reaches {' and '.join(said)}{'; one seed each' if seeds == {1} else ''}."
 
 
-def _help(plans: Sequence[PlanResults]) -> str:
-    """What became of the claims, as far as several seeds tell."""
-    told = [(plan, one) for plan in plans for one in pair_results(plan, plan.plan.claims) if one.seeds > 1]
-    if not told:
-        return "**Does sharpness help?** Not known: no claim has been tested with several seeds yet."
-    counts = "; ".join(f"{n} {verdict}" for verdict, n in Counter(one.claim_verdict for _, one in told).most_common())
-    names = {plan.plan.name: ", runs of superseded settings" * bool(plan.plan.superseded) for plan, _ in told}
-    where = " and ".join(f"[{name}]({name}.md){note}" for name, note in names.items())
-    better = sum(one.verdict == BETTER for _, one in told)
-    answer = f"In {better}" if better else "Not shown:"
-    return (
-        f"**Does sharpness help?** {answer} of {len(told)} test{'s' * (len(told) > 1)} of a published claim over "
-        f"several seeds ({where}): {counts}."
-    )
+def _help(plans: Sequence[PlanResults], found: Verdicts) -> str:
+    """What the registered plans say."""
+    standing = _registered(plans, True)
+    told = [found.pairs[key(plan, one)] for plan in standing for one in compared(plan)]
+    finished = [one for one in told if one.p is not None]
+    if finished:
+        counts = "; ".join(f"{n} {words}" for words, n in Counter(one.words for one in finished).most_common())
+        rest = f" {len(told) - len(finished)} more are not finished." if len(told) > len(finished) else ""
+        return f"**Does sharpness help?** Of {len(finished)} registered comparisons: {counts}.{rest}"
+    if not standing:
+        return "**Does sharpness help?** Not known: no plan is registered."
+    runs = "; ".join(f"[{p.plan.name}]({p.plan.name}.md) {progress(p)[0]} of {progress(p)[1]}" for p in standing)
+    return f"**Does sharpness help?** Not known yet: no registered plan is finished (runs done: {runs})."
 
 
-def _one_seed(plans: Sequence[PlanResults]) -> str:
-    """How far one seed can be trusted."""
-    differences = [one for plan in plans for one in single_seed_differences(plan)]
-    floors = [floor for plan in plans if (floor := noise_floor(plan)) is not None]
-    if not differences:
-        return "**What does one seed say?** Little: the interval over tasks does not cover the choice of the seed."
-    control = (
-        f", and rules that are equal but for rounding may differ by {100 * max(floors):.1f} points" if floors else ""
-    )
+def _earlier(plans: Sequence[PlanResults]) -> str:
+    """What is to be thought of runs that no plan was registered for."""
+    others = _registered(plans, False)
+    ones = [one.estimate for plan in others for one in compared(plan) if one.estimate is not None]
+    if not ones:
+        return "**What did unregistered runs show?** Nothing over several seeds."
+    corrected = holm([one.p for one in ones])
+    floors = [floor for plan in others if (floor := noise_floor(plan)) is not None]
+    control = f"; two rules equal but for rounding may differ by {100 * max(floors):.1f} points" if floors else ""
+    survive = sum(p < 0.05 for p in corrected)
     return (
-        f"**What does one seed say?** Little: of {len(differences)} differences that several seeds call noise, "
-        f"{misleading(differences)} look certain over the tasks of one seed{control}."
+        f"**What did unregistered runs show?** Of {len(ones)} differences over several seeds {survive or 'none'} "
+        f"survive{'s' * (survive < 2)} a correction for their number (smallest p {probability(min(corrected))}). That "
+        f"is no verdict, as nobody had to say beforehand what to run{control}."
     )
 
 
 def _table(rows: Sequence[Row]) -> str:
-    rules = list(NAMES.values())
-    lines = []
-    for row in rows:
-        cells = [
-            f"{accuracy([*row.ours.get(rule, {}).values()])} ({figure(row.published.get(rule))})" for rule in rules
+    lines = [
+        [
+            f"{row.pair.first} − {row.pair.second}",
+            row.pair.results.section.title,
+            simultaneous(row.pair.estimate),
+            probability(row.verdict.p),
+            probability(row.verdict.p_equivalence),
+            str(row.pair.seeds),
+            f"**{row.verdict.words}**" if row.verdict.decided else row.verdict.words,
+            f"[{row.plan.plan.name}]({row.plan.plan.name}.md)",
         ]
-        seeds = ", ".join(dict.fromkeys(str(len(means)) for means in row.ours.values()))
-        page = f"[{row.plan.name}]({row.plan.name}.md)"
-        lines.append([row.title, *(cell.replace("– (–)", "–") for cell in cells), seeds, page])
-    caption = "Test accuracy in %; in brackets the published one, of training that the plan's page names.\n\n"
-    return caption + table(["setting", *rules, "seeds", "plan"], lines)
+        for row in rows
+    ]
+    head = ["difference", "setting", "points", "p", "p of equivalence", "seeds", "answer", "plan"]
+    caption = "Points of accuracy with simultaneous 95 % intervals; p-values are corrected for the whole page.\n\n"
+    return caption + table(head, lines)
 
 
 def _pages(plans: Sequence[PlanResults]) -> str:

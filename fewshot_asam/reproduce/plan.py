@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from fewshot_asam.errors import FewShotError
+from fewshot_asam.reproduce.registration import Registration, digest, read_registration, texts
 from fewshot_asam.runtime.yaml_settings import nearest, read_yaml, require_known
 from fewshot_asam.training.checks import require_count, require_seed
 from fewshot_asam.training.config import TrainConfig, changed, from_plain, plain
@@ -21,16 +22,18 @@ PLAN_KEYS = ("seeds", "defaults", "tests", "rules", "sections")
 PAIR_KEYS = ("claims", "questions", "controls")
 """Pairs of rules that a plan may compare in its sections, by text. A claim says that the first is the better one; the
 two rules of a control are equal but for rounding, so their difference is noise."""
-SECTION_KEYS = ("settings", "rules", "tests", "seeds", "published", "note")
-"""What a section may say: settings of its own, which rules and tests (all), other seeds, published accuracies in %, and
-what its readers must know."""
-TEST_SETTINGS = ("inner", "inner_steps", "inner_lr")
+OTHER_KEYS = ("registered", "deviations", "superseded")
+"""What a plan commits itself to before its first run, what became otherwise, and why its runs stand apart."""
+SECTION_KEYS = ("settings", "rules", "tests", "seeds", "baseline", "published", "note")
+"""What a section may say: settings of its own, which rules and tests (all), other seeds, the rule that all others are
+compared with (each with each), published accuracies in %, and what its readers must know."""
+TEST_SETTINGS = ("inner", "inner_steps", "inner_lr", "label_noise", "test_dataset")
 """Settings of a run that a test may change, as `eval_maml` can."""
-NOT_IN_PLANS = ("data_root", "output_dir", "device", "max_minutes", "seed")
+NOT_IN_PLANS = ("data_root", "test_data_root", "init_from", "output_dir", "device", "max_minutes", "seed")
 """Settings of a run that a plan does not give: where it runs, and the seed, which has a list of its own."""
 NOT_IN_NAMES = (
     *("data_root", "output_dir", "device", "max_minutes", "checkpoint_every", "test_tasks", "congruence_tasks"),
-    "keep_snapshots",
+    *("keep_snapshots", "test_dataset", "test_data_root", "init_from"),
     *("engine", "torch_compile", "recompute", "cuda_graph"),
 )
 """Settings that leave a run's weights as they are, up to rounding, so that its name does not depend on them."""
@@ -44,12 +47,14 @@ MOST_TASKS = 10**7
 
 
 class Adaptation(NamedTuple):
-    """Which weights of a run are tested, and how they adapt."""
+    """Which weights of a run are tested, how they adapt, and to what."""
 
     inner: str
     inner_steps: int
     inner_lr: float
     weights: WeightsName = "best"
+    label_noise: float = 0.0
+    test_dataset: str | None = None
 
 
 class Test(NamedTuple):
@@ -60,11 +65,12 @@ class Test(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One run of one seed and its tests."""
+    """One run of one seed, its tests, and the registered plans that it is of: file and digest."""
 
     name: str
     config: TrainConfig
     tests: tuple[Test, ...]
+    registered: tuple[tuple[Path, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Section:
     - `tests`: by name, what each changes of the run's own adaptation (`TEST_SETTINGS`), its `weights` (the best ones)
       and `tasks`; rules are compared by the first.
     - `published`: by label, a rule's or any other, accuracies in %.
+    - `baseline`: the rule that all others are compared with; empty where each is compared with each.
     - `note`: for the page.
     """
 
@@ -85,6 +92,7 @@ class Section:
     seeds: tuple[int, ...]
     tests: dict[str, dict[str, Any]]
     published: dict[str, float]
+    baseline: str = ""
     note: str = ""
 
     def cell(self, rule: str, seed: int) -> Cell:
@@ -105,6 +113,9 @@ class Plan(NamedTuple):
     """The sections of the file `path`, in order, and the pairs of rules to compare in each section that has both.
 
     - `superseded`: why its runs are not to be mixed with newer ones; empty for a plan that stands.
+    - `registered`: what it committed itself to before its first run; None for a plan that gives no verdicts.
+    - `deviations`: what became otherwise, in words.
+    - `digest`: of what its file says.
     """
 
     path: Path
@@ -113,6 +124,9 @@ class Plan(NamedTuple):
     questions: Pairs
     controls: Pairs
     superseded: str = ""
+    registered: Registration | None = None
+    deviations: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def name(self) -> str:
@@ -123,7 +137,7 @@ class Plan(NamedTuple):
 def read_plan(path: Path) -> Plan:
     """A plan from its file; raises `FewShotError` naming what is wrong in it."""
     read = read_yaml(path, deepest=4)
-    require_known(read, (*PLAN_KEYS, *PAIR_KEYS, "superseded"), str(path))
+    require_known(read, (*PLAN_KEYS, *PAIR_KEYS, *OTHER_KEYS), str(path))
     if missing := [name for name in PLAN_KEYS if name not in read]:
         raise FewShotError(f"{path} lacks {', '.join(missing)}; expected {', '.join(PLAN_KEYS)}")
     for name in PLAN_KEYS[1:]:
@@ -135,15 +149,25 @@ def read_plan(path: Path) -> Plan:
         _check_test(test, f"{path}: tests: {name}")
     sections = tuple(_section(read, title, f"{path}: {title}") for title in _mapping(read["sections"], ""))
     claims, questions, controls = (_pairs(read.get(name, {}), sections, f"{path}: {name}") for name in PAIR_KEYS)
-    return Plan(path, sections, claims, questions, controls, _text(read.get("superseded", ""), f"{path}: superseded"))
+    superseded = _text(read.get("superseded", ""), f"{path}: superseded")
+    said = read.get("registered")
+    registered = None if said is None else read_registration(said, f"{path}: registered")
+    deviations = texts(read.get("deviations", []), f"{path}: deviations")
+    plan = Plan(path, sections, claims, questions, controls, superseded, registered, deviations, digest(read))
+    if registered and registered.runs != (number := len(cells([plan]))):
+        raise FewShotError(f"{path}: registered: runs is {registered.runs}, but its sections have {number}; mend one")
+    return plan
 
 
 def cells(plans: Iterable[Plan]) -> list[Cell]:
     """The cells of plans in the order in which they are run; one of several sections has all their tests."""
     found: dict[str, Cell] = {}
-    for cell in (cell for plan in plans for section in plan.sections for cell in section.cells()):
-        before = found.get(cell.name, cell._replace(tests=()))
-        found[cell.name] = before._replace(tests=_merged(before.tests + cell.tests))
+    for plan in plans:
+        own = ((plan.path, plan.digest),) if plan.registered else ()
+        for cell in (cell for section in plan.sections for cell in section.cells()):
+            before = found.get(cell.name, cell._replace(tests=()))
+            registered = tuple(dict.fromkeys((*before.registered, *own)))
+            found[cell.name] = before._replace(tests=_merged(before.tests + cell.tests), registered=registered)
     return list(found.values())
 
 
@@ -158,12 +182,13 @@ def cell_name(config: TrainConfig) -> str:
 
 
 def command(config: TrainConfig) -> str:
-    """The command line that gives this run, with `DATA` for the folder that holds the data."""
+    """The command line that gives this run; `DATA` is the folder of the data, and `RUN` what a fork begins from."""
     settings, differ = plain(config), changed(config)
     said = (*ALWAYS_SHOWN, *(["rho"] if config.inner != "maml" else []))
     names = [name for name in settings if name in said or (name in differ and name not in NOT_IN_PLANS)]
     data = [] if config.dataset == "glyphs" else ["--data-root", "DATA"]
-    return shlex.join(["train_maml", *_flags({name: settings[name] for name in names}), *data])
+    start = ["--init-from", "RUN"] if config.init_digest else []
+    return shlex.join(["train_maml", *_flags({name: settings[name] for name in names}), *data, *start])
 
 
 def adaptation_command(test: Mapping[str, Any]) -> str:
@@ -173,8 +198,8 @@ def adaptation_command(test: Mapping[str, Any]) -> str:
 
 def resolved(test: Mapping[str, Any], config: TrainConfig) -> Test:
     """A test of a run with these settings."""
-    inner, steps, lr = (test.get(name, getattr(config, name)) for name in TEST_SETTINGS)
-    return Test(Adaptation(inner, steps, lr, test.get("weights", "best")), test["tasks"])
+    inner, steps, lr, noise, dataset = (test.get(name, getattr(config, name)) for name in TEST_SETTINGS)
+    return Test(Adaptation(inner, steps, lr, test.get("weights", "best"), noise, dataset), test["tasks"])
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
@@ -207,7 +232,10 @@ def _section(plan: Mapping[str, Any], title: str, origin: str) -> Section:
     for label, value in published.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
             raise FewShotError(f"{origin}: published: {label} is {value!r}; expected an accuracy in %")
-    return Section(title, rules, seeds, chosen["tests"], published, _text(said.get("note", ""), f"{origin}: note"))
+    baseline, note = (_text(said.get(name, ""), f"{origin}: {name}") for name in ("baseline", "note"))
+    if baseline and baseline not in rules:
+        raise FewShotError(f"{origin}: baseline: there is no {baseline!r}{nearest(baseline, rules)}")
+    return Section(title, rules, seeds, chosen["tests"], published, baseline, note)
 
 
 def _text(value: object, origin: str) -> str:

@@ -21,16 +21,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
+from fewshot_asam.errors import FewShotError
 from fewshot_asam.reproduce import ledger
 from fewshot_asam.reproduce.estimate import Estimate, estimate
 from fewshot_asam.reproduce.ledger import Record
-from fewshot_asam.reproduce.plan import NOT_IN_PLANS, TEST_SETTINGS, Cell, Test, adaptation_command, command
+from fewshot_asam.reproduce.plan import NOT_IN_PLANS, TEST_SETTINGS, Adaptation, Cell, Test, adaptation_command, command
+from fewshot_asam.reproduce.registration import Stamp, commit_of
 from fewshot_asam.runtime.signals import Stop, Stopped, deadline
 from fewshot_asam.training import run_folder
-from fewshot_asam.training.build import load_data, resolve_device
+from fewshot_asam.training.build import load_data, resolve_device, test_images
+from fewshot_asam.training.checkpoint import read_weights
 from fewshot_asam.training.config import TrainConfig, plain, with_rule
 from fewshot_asam.training.evaluation import interval
-from fewshot_asam.training.identity import identify
+from fewshot_asam.training.identity import from_json, identify, images_digest
 from fewshot_asam.training.loop import train
 from fewshot_asam.training.metrics import read_metrics
 from fewshot_asam.training.state import Diverged
@@ -39,15 +42,24 @@ from fewshot_asam.version import __version__
 
 SHORT_TEST = 600
 """Tasks that papers test on; the first ones of a longer test."""
+USUAL = Adaptation._field_defaults
+DIGITS = 16
+"""Hexadecimal digits of a fingerprint in a record."""
 
 
 class Place(NamedTuple):
-    """Where cells are run: the folders of the data, of the results and of the runs, and the device."""
+    """Where cells are run: the folders of the data, of the results and of the runs, and the device.
+
+    - `test_data_root`: of the datasets that runs are tested on besides their own, if not `data_root`.
+    - `init_from`: the weights that forks begin from.
+    """
 
     data_root: Path | None
     results: Path
     runs: Path
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    test_data_root: Path | None = None
+    init_from: Path | None = None
 
     @property
     def ledger(self) -> Path:
@@ -62,6 +74,10 @@ def run_queue(cells: Sequence[Cell], place: Place, minutes: float | None = None)
     everything saved, and raises `Stopped`; the end of the minutes does the same and returns.
     """
     commit()  # now, as the package's files may change while the queue runs
+    for file in {file for cell in cells for file, _ in cell.registered}:
+        commit_of(file)
+    if place.init_from is None and any(cell.config.init_digest for cell in cells):
+        raise FewShotError("the plan's runs begin from the weights of another run; name it: --init-from RUN")
     try:
         with Stop() as stop, deadline(minutes):
             for number, cell in enumerate(cells, 1):
@@ -120,7 +136,9 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 def _placed(cell: Cell, place: Place) -> TrainConfig:
     """A cell's settings with its run folder, the data and the device."""
-    return replace(cell.config, data_root=place.data_root, output_dir=place.runs / cell.name, device=place.device)
+    config = replace(cell.config, data_root=place.data_root, test_data_root=place.test_data_root, device=place.device)
+    start = place.init_from if config.init_digest else None
+    return replace(config, init_from=start, output_dir=place.runs / cell.name)
 
 
 def run(cell: Cell, config: TrainConfig, stop: Stop) -> Record:
@@ -141,7 +159,8 @@ def _heading(cell: Cell) -> Record:
     settings = {name: value for name, value in plain(cell.config).items() if name not in NOT_IN_PLANS}
     versions = {"package": __version__, "torch": torch.__version__, "python": platform.python_version()}
     head: Record = {"cell": cell.name, "command": command(cell.config), "commit": commit(), "versions": versions}
-    return head | {"seed": cell.config.seed, "settings": settings}
+    stamps = [Stamp(file.stem, said, commit_of(file))._asdict() for file, said in cell.registered]
+    return head | ({"registered": stamps} if stamps else {}) | {"seed": cell.config.seed, "settings": settings}
 
 
 def _training(folder: Path) -> Record:
@@ -160,7 +179,14 @@ def _training(folder: Path) -> Record:
     for name in ("congruence_before", "congruence_after"):
         if all(name in row for row in validations):
             course[name] = [round(row[name], 5) for row in validations]
-    return found | {"threads": torch.get_num_threads(), "validation": course}
+    return found | {"data": _data(folder), "threads": torch.get_num_threads(), "validation": course}
+
+
+def _data(folder: Path) -> Record:
+    """The fingerprint of the data that a run was made with: the first digits of what its weights are bound to."""
+    file = folder / "best.safetensors"
+    identity = from_json(read_weights(file)[1], str(file))
+    return {"classes": identity.classes[:DIGITS], "images": identity.images[:DIGITS]}
 
 
 def _tests(cell: Cell, config: TrainConfig, folder: Path, stop: Stop) -> list[Record]:
@@ -183,14 +209,18 @@ def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between
     adapting = with_rule(config, test.adaptation.inner)
     adapting = replace(adapting, **{name: adaptation[name] for name in TEST_SETTINGS})
     learner = trained_learner(folder, adapting, dataset, identify(config, dataset), test.adaptation.weights)
-    found = evaluated(learner, adapting, dataset.test, test.tasks, between=between)
-    record: Record = {"command": adaptation_command({**adaptation, "tasks": test.tasks})}
-    record |= adaptation | {"rule": adapting.rule_text, "norm": config.norm, "queries": config.queries}
+    images = test_images(adapting, dataset)
+    found = evaluated(learner, adapting, images, test.tasks, between=between)
+    said = {name: value for name, value in adaptation.items() if name == "weights" or value != USUAL.get(name)}
+    record: Record = {"command": adaptation_command({**said, "tasks": test.tasks})}
+    if adapting.test_dataset:
+        record["test_images"] = images_digest(images)[:DIGITS]
+    record |= said | {"rule": adapting.rule_text, "norm": config.norm, "queries": config.queries}
     for tasks in sorted({min(SHORT_TEST, test.tasks), test.tasks}):
         mean, half_width = interval(found[:tasks])
         record[f"of_{tasks}"] = {"mean": round(mean, 6), "ci95": round(half_width, 6)}
-    images = config.ways * config.queries
-    record |= {"tasks": test.tasks, "query_images": images, "right": ledger.pack(found, images)}
+    queries = config.ways * config.queries
+    record |= {"tasks": test.tasks, "query_images": queries, "right": ledger.pack(found, queries)}
     return record | {"seconds": round(time.monotonic() - started, 1)}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import combinations
 
 from fewshot_asam.reproduce import plots
+from fewshot_asam.reproduce.comparisons import estimate, model
 from fewshot_asam.reproduce.markdown import (
     NOTHING,
     accuracy,
@@ -14,22 +16,24 @@ from fewshot_asam.reproduce.markdown import (
     figure,
     percent,
     picture,
+    probability,
     ratio,
+    simultaneous,
     spread,
     table,
 )
-from fewshot_asam.reproduce.plan import Plan, adaptation_command, command
+from fewshot_asam.reproduce.plan import adaptation_command, command
 from fewshot_asam.reproduce.runner import SHORT_TEST
-from fewshot_asam.reproduce.section_results import SectionResults, congruence_kind, machine, seconds
+from fewshot_asam.reproduce.section_results import PlanResults, SectionResults, congruence_kind, machine, seconds
 from fewshot_asam.reproduce.statistics import over_seeds
 
 FEW_TESTS = 3
 """So many tests fit into the first table; more have one of their own."""
 
 
-def render(plan: Plan, results: SectionResults, noise_floor: float | None) -> Iterable[str]:
-    """A section that has runs."""
-    section = results.section
+def render(found: PlanResults, results: SectionResults, corrected: float | None) -> Iterable[str]:
+    """A section that has runs; `corrected` is the p-value of its global test after the page's correction."""
+    plan, section = found.plan, results.section
     yield f"## {section.title}\n"
     yield f"{_setting(results)}\n"
     if section.note:
@@ -42,8 +46,8 @@ def render(plan: Plan, results: SectionResults, noise_floor: float | None) -> It
         yield f"The same weights in other tests:\n\n{_other_tests(results)}"
     if len(section.seeds) > 1:
         yield f"Seed by seed, ± over tasks:\n\n{_by_seed(results)}"
-        if differences := _differences(results, noise_floor):
-            yield f"Paired differences, in points:\n\n{differences}"
+        if differences := _differences(found, results):
+            yield f"{_model(results, corrected)}\n\n{differences}"
     if congruence := _congruence(results):
         yield congruence
     for rule, seed in results.diverged:
@@ -127,16 +131,33 @@ def _by_seed(results: SectionResults) -> str:
     return table(["rule", *(f"seed {seed}" for seed in section.seeds), f"first {SHORT_TEST} tasks, over seeds"], rows)
 
 
-def _differences(results: SectionResults, noise_floor: float | None) -> str:
+def _model(results: SectionResults, corrected: float | None) -> str:
+    """The global test, and what the simultaneous intervals are of."""
+    fitted = model(results)
+    if fitted is None:
+        return "Paired differences, in points:"
+    family = f"all differences to {results.section.baseline} (Dunnett)" if results.section.baseline else "all (Tukey)"
+    after = f", {probability(corrected)} after the page's correction" if corrected is not None else ""
+    return (
+        f"Two-way model of {len(fitted.means)} rules and {fitted.seeds} seeds: residual deviation "
+        f"{100 * math.sqrt(fitted.variance):.2f} points, {fitted.degrees} degrees of freedom; that all rules are "
+        f"equal has p = {probability(fitted.global_p)}{after}. Paired differences, in points; simultaneous intervals "
+        f"hold together for {family}. † marks pairs of runs by different commits:"
+    )
+
+
+def _differences(plan: PlanResults, results: SectionResults) -> str:
     seeds = results.section.seeds
     rows = []
     for first, second in combinations(results.section.rules, 2):
         found = results.difference(second, first)
         if found is not None:
             each = [percent(found.each[seed]) if seed in found.each else NOTHING for seed in seeds]
-            verdict = found.verdict(noise_floor)
-            rows.append([f"{second} − {first}", *each, percent(found.tasks), spread(found.seeds), verdict])
-    head = ["difference", *(f"seed {seed}" for seed in seeds), "over tasks", "over seeds", "verdict"]
+            mark = " †" if results.across_commits(second, first) else ""
+            own = results.section.baseline in ("", first, second)
+            together = simultaneous(estimate(plan, results, second, first)) if own else NOTHING
+            rows.append([f"{second} − {first}{mark}", *each, percent(found.tasks), spread(found.seeds), together])
+    head = ["difference", *(f"seed {seed}" for seed in seeds), "over tasks", "over seeds", "simultaneous"]
     return table(head, rows) if rows else ""
 
 

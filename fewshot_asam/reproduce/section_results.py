@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,7 +21,8 @@ Runs = dict[int, Record]
 """The records of a rule's runs by seed."""
 
 
-class SectionResults(NamedTuple):
+@dataclass(frozen=True, eq=False)  # so that what is computed of it can be kept
+class SectionResults:
     """A section and its runs by rule; `missing` holds the rule and seed of each run that is not done."""
 
     section: Section
@@ -52,8 +55,25 @@ class SectionResults(NamedTuple):
         return {seed: Interval(run["last_test_accuracy"], run["last_test_ci95"]) for seed, run in runs.items()}
 
     def paired_seeds(self, first: str, second: str) -> list[int]:
-        """The seeds that two rules have on the same kind of device, whose generators draw the same tasks."""
+        """The seeds that two rules have from the same data and kind of device, so that they met the same tasks."""
         return _paired_seeds(self.runs.get(first, {}), self.runs.get(second, {}))
+
+    @property
+    def complete_seeds(self) -> list[int]:
+        """The seeds that all rules of the section have, as comparable runs: those that the two-way model is of."""
+        rules, name = list(self.section.rules), self.main_test
+        tested = [self.accuracies(rule, name).keys() for rule in rules]
+        return [
+            seed
+            for seed in self.section.seeds
+            if all(seed in seeds for seeds in tested)
+            and all(seed in self.paired_seeds(rules[0], rule) for rule in rules[1:])
+        ]
+
+    def across_commits(self, first: str, second: str) -> bool:
+        """Whether a pair of runs of these rules was made by different commits of the package."""
+        one, other = self.runs.get(first, {}), self.runs.get(second, {})
+        return any(one[seed]["commit"] != other[seed]["commit"] for seed in self.paired_seeds(first, second))
 
     def difference(self, first: str, second: str) -> Comparison | None:
         """One rule minus another in the test that rules are compared by; None where they share no seed."""
@@ -72,7 +92,8 @@ class SectionResults(NamedTuple):
         return {seed: run["validation"][name][at[seed]] for seed, run in runs.items()}
 
 
-class PlanResults(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PlanResults:
     """A plan, and its sections in the ledger."""
 
     plan: Plan
@@ -82,6 +103,7 @@ class PlanResults(NamedTuple):
 RuleOfSection = tuple[SectionResults, str]
 
 
+@cache
 def difference(first: RuleOfSection, second: RuleOfSection) -> Comparison | None:
     """`SectionResults.difference` of rules that may stand in different sections, whose main tests must be the same."""
     (one, ours), (other, theirs) = first, second
@@ -124,7 +146,13 @@ def machine(record: Record) -> str:
 
 
 def _paired_seeds(one: Runs, other: Runs) -> list[int]:
-    return [seed for seed in one if seed in other and _on_cpu(one[seed]) == _on_cpu(other[seed])]
+    return [seed for seed in one if seed in other and _comparable(one[seed], other[seed])]
+
+
+def _comparable(one: Record, other: Record) -> bool:
+    """Whether two runs met the same tasks: on one kind of device, and on the same images as far as that is known."""
+    same_data = "data" not in one or "data" not in other or one["data"] == other["data"]
+    return _on_cpu(one) == _on_cpu(other) and same_data
 
 
 def _on_cpu(record: Record) -> bool:

@@ -1,4 +1,4 @@
-"""What many runs of few seeds say: intervals over seeds, paired differences and verdicts in words."""
+"""What a few seeds of one rule or of two say: intervals over seeds, and paired differences."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from fewshot_asam.training.evaluation import Interval, interval, paired_differen
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, 97.5th percentile, for 1 to 9 degrees of freedom."""
-
-ONE_SEED = "one seed: no verdict"
-NOISE = "inside the noise"
-BELOW_CONTROL = "no more than the control shows"
-BETTER, WORSE = "better", "worse"
 
 
 class Spread(NamedTuple):
@@ -49,23 +44,10 @@ class Comparison(NamedTuple):
         """Of the wider of the two intervals."""
         return max(self.tasks.half_width, self.seeds.half_width or 0.0)
 
-    def verdict(self, noise_floor: float | None) -> str:
-        """`better` or `worse` where both intervals leave out 0 and the difference is above the noise floor.
-
-        - `noise_floor`: what two rules that are equal but for rounding may differ by, as `reach` of a control says.
-        """
-        if self.seeds.half_width is None:
-            return ONE_SEED
-        if abs(self.tasks.mean) <= self.half_width:
-            return NOISE
-        if abs(self.tasks.mean) <= (noise_floor or 0.0):
-            return BELOW_CONTROL
-        return BETTER if self.tasks.mean > 0 else WORSE
-
     @property
-    def reach(self) -> float | None:
-        """The size of the largest difference that the interval over seeds leaves room for; None for one seed."""
-        return None if self.seeds.half_width is None else abs(self.seeds.mean) + self.seeds.half_width
+    def leaves_out_0(self) -> bool:
+        """Whether both intervals do, each for itself: uncorrected for how many comparisons were made, so no verdict."""
+        return self.seeds.half_width is not None and abs(self.tasks.mean) > self.half_width
 
 
 def over_seeds(values: Sequence[float]) -> Spread:

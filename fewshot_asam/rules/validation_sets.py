@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewshot_asam.errors import FewShotError
 
-Validation = Literal["duplicate", "augment", "split"]
+Validation = Literal["duplicate", "augment", "split", "other_task"]
 LabelledImages = tuple[Tensor, Tensor]
 
 SHIFT = 0.07
@@ -23,22 +23,30 @@ NOISE = 0.05
 
 
 def lower_level_sets(
-    x: Tensor, y: Tensor, validation: Validation, generator: torch.Generator | None
+    x: Tensor,
+    y: Tensor,
+    validation: Validation,
+    generator: torch.Generator | None,
+    queries: LabelledImages | None = None,
 ) -> tuple[LabelledImages, LabelledImages | None]:
-    """The training and validation sets of the lower level, from the support sets of `T` tasks.
+    """The training and validation sets of the lower level, from the support and query sets of `T` tasks.
 
     **Arguments:**
 
     - `x`, `y`: support images `[T, S, C, H, W]` and labels `[T, S]`.
     - `generator`: for `augment`, on the images' device.
+    - `queries`: for `other_task`: images `[T, N*Q, C, H, W]` and labels `[T, N*Q]`.
 
     Every rule trains on the first set: `split` leaves MAML and Sharp-MAML_low fewer shots too.
 
     **Returns:** `(x, y)` and, except for `duplicate`, `(x_v, y_v)`. `split` holds out a quarter of each class's shots,
-    one at least (the paper's supervised form has `|B_v| = |B_t| / 4`).
+    one at least (the paper's supervised form has `|B_v| = |B_t| / 4`). `other_task` takes the query set of the task
+    before in the batch, and for the first task that of the last: other classes under the same numbers.
     """
     if validation == "duplicate":
         return (x, y), None
+    if validation == "other_task":
+        return (x, y), _of_other_tasks(queries)
     if validation == "augment":
         if generator is None:
             raise FewShotError("validation 'augment' draws random numbers; pass generator=, on the images' device")
@@ -56,6 +64,14 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     moved = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     noise: Tensor = torch.randn(x.shape, **options)  # type: ignore[call-overload]
     return moved + NOISE * noise
+
+
+def _of_other_tasks(queries: LabelledImages | None) -> LabelledImages:
+    """The query set of the task before each; never a task's own, so one task alone is refused."""
+    if queries is None or len(queries[1]) < 2:
+        raise FewShotError("validation 'other_task' takes the queries of another task; expected a batch of 2 or more")
+    x, y = queries
+    return x.roll(1, 0), y.roll(1, 0)
 
 
 def _split(x: Tensor, y: Tensor) -> tuple[LabelledImages, LabelledImages]:

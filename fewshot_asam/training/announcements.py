@@ -26,8 +26,10 @@ def opening(state: TrainState, choice: Choice) -> Iterator[str]:
         f"{config.title} in {state.folder}: {config.model} of {size:,} parameters on {state.device}{processes}, "
         f"{learner.norm} norm"
     )
-    classes = " / ".join(str(len(images.names)) for images in (dataset.train, dataset.val, dataset.test))
-    yield f"{config.dataset}: {classes} classes for training / validation / test"
+    used = (state.train_tasks.images, dataset.val, state.test_images)
+    classes = " / ".join(str(len(images.names)) for images in used)
+    elsewhere = f", the last of {config.test_dataset}" if config.test_dataset else ""
+    yield f"{config.dataset}: {classes} classes for training / validation / test{elsewhere}"
     if learner.adapt != "all":
         yield f"adapt {_wanted(learner.adapt)}: the inner loop changes {_layers(learner.adapted)}"
     if learner.zero_head and config.model not in MODELS:

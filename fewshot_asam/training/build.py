@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
-from fewshot_asam.data import Dataset, load_dataset
+from fewshot_asam.data import Dataset, ImageSet, load_dataset
+from fewshot_asam.data.images import joined
+from fewshot_asam.data.preparation import prepared
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
@@ -46,17 +50,57 @@ def load_data(config: TrainConfig, device: torch.device, given: Dataset | None =
         dataset = load_dataset(config.dataset, config.data_root, device=device, **_options(config))
     else:
         dataset = given.to(device)
+    training_images(config, dataset)
     for split, images in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test)):
-        try:
-            EpisodeSampler(images, config.ways, config.shots, config.queries)
-        except FewShotError as error:
-            raise FewShotError(f"{config.dataset}, {split}: {error}") from error
+        _require_tasks(config, images, f"{config.dataset}, {split}")
         if images.shape != dataset.train.shape:
             raise FewShotError(
                 f"{config.dataset}, {split}: images are {images.shape}, but {dataset.train.shape} in training; "
                 "expected one shape (C, H, W)"
             )
     return dataset
+
+
+def training_images(config: TrainConfig, dataset: Dataset) -> ImageSet:
+    """The images of the training classes, or of the `train_classes` that the run's seed chooses.
+
+    The first so many of one random order, so that with one seed the fewer are among the more. Raises `FewShotError`
+    where there are not so many.
+    """
+    images, wanted = dataset.train, config.train_classes
+    if wanted is None:
+        return images
+    if wanted > len(images.names):
+        raise FewShotError(f"train_classes is {wanted}, but {config.dataset} has {len(images.names)} training classes")
+    order = torch.randperm(len(images.names), generator=torch.Generator().manual_seed(config.seed), device="cpu")
+    return images.of_classes({images.names[index] for index in order[:wanted].tolist()})
+
+
+def test_images(config: TrainConfig, dataset: Dataset) -> ImageSet:
+    """The images that the run is tested on, on the dataset's device and of its shape.
+
+    Those of the dataset's test classes, or of the test classes of `test_dataset`, squashed and converted as the dataset
+    `folder` does it. None of a folder's classes were trained on, so all of them are taken. Raises `FewShotError` where
+    they cannot give the run's tasks.
+    """
+    name, shape = config.test_dataset, dataset.train.shape
+    if name is None:
+        return dataset.test
+    root = config.test_data_root or config.data_root
+    options: dict[str, Any] = {"image_size": shape[1], "channels": shape[0]} if name == "folder" else {}
+    found = load_dataset(name, root, **options)
+    images = joined([found.train, found.val, found.test]) if name == "folder" else found.test
+    _require_tasks(config, images, f"{name}, test")
+    resample = Image.Resampling.LANCZOS if shape[0] == 1 else Image.Resampling.BILINEAR
+    fitted = images if images.shape == shape else replace(images, images=prepared(images.images, shape, resample))
+    return fitted.to(dataset.test.images.device)
+
+
+def _require_tasks(config: TrainConfig, images: ImageSet, what: str) -> None:
+    try:
+        EpisodeSampler(images, config.ways, config.shots, config.queries)
+    except FewShotError as error:
+        raise FewShotError(f"{what}: {error}") from error
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:

@@ -38,10 +38,10 @@ def require_writable(name: str, text: str) -> None:
         raise FewShotError(f"{name} is {text!r}; expected what can be written as text")
 
 
-def require_dataset(name: str) -> None:
+def require_dataset(name: str, setting: str = "dataset") -> None:
     """Raises `FewShotError` where no dataset has this name."""
     if name not in DATASETS:
-        _refuse("dataset", name, tuple(DATASETS))
+        _refuse(setting, name, tuple(DATASETS))
 
 
 def require_model(name: str, init: str) -> None:

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from fewshot_asam.data import DATASETS
 from fewshot_asam.engine import EngineName
 from fewshot_asam.engine.precision import Precision
+from fewshot_asam.episodes import require_part
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.models.initialisation import Init
 from fewshot_asam.rules import Rule, rule_class
@@ -30,6 +31,7 @@ from fewshot_asam.runtime.yaml_settings import (
     require_plain,
 )
 from fewshot_asam.training import checks
+from fewshot_asam.training.evaluation import TASKS_AT_ONCE
 from fewshot_asam.verification.settings import Norm
 
 Part = Literal["model", "learner", "dataset"]
@@ -64,6 +66,16 @@ class TrainConfig:
     """parts of dataset folder's classes for training, validation and test"""
     channels: Literal[1, 3] = 3
     """of the images of dataset folder: 1 for grey, 3 for colour"""
+    train_classes: int | None = None
+    """train on so many of the training classes, chosen by seed, instead of all"""
+    label_noise: float = 0.0
+    """part of each task's support labels that are replaced by another class of the task, in training, validation and
+    test (eval_maml has its own); queries keep their labels"""
+    test_dataset: str | None = field(default=None, metadata={"choices": DATASETS})
+    """test on the test classes of another dataset (of folder: on all classes), its images squashed to the run's size
+    and channels"""
+    test_data_root: Path | None = None
+    """folder that holds the files of test_dataset; data_root if not given"""
 
     model: str = "conv4"
     """network: conv4, resnet12, or package.module:factory, a function of ways and image shape that returns one"""
@@ -74,6 +86,10 @@ class TrainConfig:
     normal of 0.02"""
     head_init: Literal["default", "zeros", "zeros_every_task"] = "zeros_every_task"
     """the head starts like the other layers, from zeros, or anew from zeros in every task, tests included"""
+    init_from: Path | None = None
+    """begin from the weights of another run: its folder, for the best ones, or a file of weights"""
+    init_digest: str | None = None
+    """first 16 digits of the SHA-256 of the weights of init_from; filled in, or required where it is given"""
     norm: Norm = "transductive"
     """norm layers use the queries' own batch statistics (transductive) or the support set's (inductive)"""
 
@@ -88,9 +104,9 @@ class TrainConfig:
     rho2: float | None = None
     """Agnostic-SAM's radius on the validation gradient; rho if not given"""
     validation: Validation = "duplicate"
-    """lower-level validation set: the support set again, an augmented copy, or a held-out part of it, on which no
-    rule then trains (with duplicate, Agnostic-SAM differs from Sharp-MAML_low of radius rho only by a term of order
-    rho squared)"""
+    """lower-level validation set: the support set again, an augmented copy, a held-out part of it, on which no
+    rule then trains, or the queries of another task of the batch, in tests too (with duplicate, Agnostic-SAM differs
+    from Sharp-MAML_low of radius rho only by a term of order rho squared)"""
     val_grad_point: Literal["perturbed", "current"] = "perturbed"
     """where the validation gradient of equation (5) is taken"""
     val_norm: Literal["own", "current"] = "own"
@@ -172,6 +188,11 @@ class TrainConfig:
             object.__setattr__(self, one.name, conforming(one.name, value, kinds[one.name]))
         if "dataset" not in self.from_python:
             checks.require_dataset(self.dataset)
+        if self.test_dataset is not None:
+            checks.require_dataset(self.test_dataset, "test_dataset")
+        if self.train_classes is not None:
+            checks.require_count("train_classes", self.train_classes, self.ways)
+        require_part(self.label_noise)
         if "learner" not in self.from_python:
             checks.require_model(self.model, self.init)
         object.__setattr__(self, "adapt", checks.adapt_patterns(self.adapt))
@@ -195,13 +216,26 @@ class TrainConfig:
         for name in ("rho", "rho1", "rho2", "outer_rho"):
             if (getattr(self, name) or 0) >= checks.LARGEST_RATE:
                 raise FewShotError(f"{name} is {getattr(self, name)}; expected a radius below {checks.LARGEST_RATE:g}")
-        for name in ("data_root", "split_csv", "output_dir"):
+        for name in ("data_root", "split_csv", "test_data_root", "init_from", "output_dir"):
             checks.require_writable(name, str(getattr(self, name)))
         for name in FOLDER_ONLY:
             if self.dataset != "folder" and getattr(self, name) != getattr(TrainConfig, name):
                 raise FewShotError(f"{name} is given, but dataset is {self.dataset!r}; it is of dataset folder alone")
         if self.validation == "split" and self.shots < 2:
             raise FewShotError("validation 'split' with 1 shot leaves nothing to train on; expected at least 2 shots")
+        if self.validation == "split" and self.label_noise:
+            raise FewShotError(
+                "validation 'split' holds out shots of each class by their labels, which label_noise makes wrong; "
+                "expected one of the two"
+            )
+        if self.validation == "other_task":
+            checks.require_count("meta_batch_size, with validation 'other_task',", self.meta_batch_size, 2)
+            for name in ("validate_tasks", "test_tasks"):
+                if getattr(self, name) % TASKS_AT_ONCE == 1:
+                    raise FewShotError(
+                        f"{name} is {getattr(self, name)}, of which the last is drawn alone ({TASKS_AT_ONCE} at a "
+                        "time), and validation 'other_task' needs another beside it; ask for one task more"
+                    )
         for name in ("seed", "split_seed"):
             checks.require_seed(name, getattr(self, name))
         self.rule  # noqa: B018  its own checks
@@ -231,7 +265,8 @@ class TrainConfig:
         said = {one.name: getattr(rule, one.name) for one in fields(rule) if one.name != "rho"}  # type: ignore[arg-type]
         said = {name: value for name, value in said.items() if value != getattr(usual, name, None)}
         names = [*("first_order", "first_order_iterations", "learned_rates", "multi_step_iterations", "outer_rho")]
-        names += ["validation", "adapt", "init", "head_init"]
+        names += ["validation", "adapt", "init", "head_init", "init_digest", "train_classes", "label_noise"]
+        names += ["test_dataset"]
         said |= {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
         words = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in said.items()}
         return ", ".join([self.inner + radius, *(f"{name} {value}" for name, value in words.items())])
@@ -279,6 +314,10 @@ FOLDER_ONLY = ("image_size", "split_csv", "split_seed", "split_fractions", "chan
 """Settings that no other dataset heeds."""
 
 
+PLACES = ("data_root", "split_csv", "test_data_root", "init_from")
+"""Settings that say where files are, as whole paths in what is stored."""
+
+
 def is_flag(setting: dataclasses.Field[Any]) -> bool:
     """Whether a setting can be given on a command line."""
     return bool(setting.metadata.get("flag", True))
@@ -286,7 +325,7 @@ def is_flag(setting: dataclasses.Field[Any]) -> bool:
 
 def located(config: TrainConfig) -> TrainConfig:
     """The settings with the data's whole paths, so that they hold in another folder too."""
-    found = {name: value.absolute() for name in ("data_root", "split_csv") if (value := getattr(config, name))}
+    found = {name: value.absolute() for name in PLACES if (value := getattr(config, name))}
     return replace(config, **found)
 
 

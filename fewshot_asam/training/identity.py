@@ -14,12 +14,15 @@ from fewshot_asam.data import Dataset, ImageSet
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.yaml_settings import filled
-from fewshot_asam.training.config import Part, TrainConfig, located, plain
+from fewshot_asam.training.config import PLACES, Part, TrainConfig, located, plain
 from fewshot_asam.training.given import require_given
 
-FREE_TO_CHANGE = ("iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every", "keep_snapshots")
+FREE_TO_CHANGE = (
+    *("iterations", "max_minutes", "checkpoint_every", "keep_snapshots"),
+    *("data_root", "test_data_root", "init_from", "output_dir"),
+)
 """Settings with which a run may be resumed although they differ."""
-OF_A_MACHINE = ("data_root", "split_csv", "output_dir")
+OF_A_MACHINE = (*PLACES, "output_dir")
 """Settings that may differ between the processes of a job: where the files are on each machine."""
 AT_ONCE = 4096
 """Images that are digested together, as many as are copied from a GPU at a time."""
@@ -51,10 +54,15 @@ def identify(config: TrainConfig, dataset: Dataset) -> Identity:
     """The identity of a run with these settings on these data."""
     splits = (dataset.train, dataset.val, dataset.test)
     classes = hashlib.sha256(json.dumps([images.names for images in splits]).encode()).hexdigest()
+    return Identity(_kept(config), classes, images_digest(*splits), dataset.train.shape)
+
+
+def images_digest(*splits: ImageSet) -> str:
+    """Of the pixels of some splits, and of how many images each class has."""
     pixels = hashlib.sha256()
     for images in splits:
         _digest(images, pixels)
-    return Identity(_kept(config), classes, pixels.hexdigest(), dataset.train.shape)
+    return pixels.hexdigest()
 
 
 def from_json(text: str | None, origin: str) -> Identity:

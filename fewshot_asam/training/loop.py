@@ -20,12 +20,13 @@ from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.distributed import PeerLost
 from fewshot_asam.runtime.signals import Stop, Stopped
 from fewshot_asam.training import announcements, run_folder
-from fewshot_asam.training.build import load_data, resolve_device
+from fewshot_asam.training.build import load_data, resolve_device, test_images
 from fewshot_asam.training.checkpoint import weights
 from fewshot_asam.training.config import TrainConfig, located, plain
 from fewshot_asam.training.evaluation import Interval, evaluate, interval
 from fewshot_asam.training.given import Factory, Given, layout, recorded
 from fewshot_asam.training.identity import data_digests, require_same_everywhere, shared
+from fewshot_asam.training.initial_weights import with_digest
 from fewshot_asam.training.metrics import MetricsLog
 from fewshot_asam.training.rehearsal import choose_engine, compile_engine
 from fewshot_asam.training.state import TrainState, build
@@ -67,14 +68,15 @@ def train(
     not finite and where the run folder cannot be written; the last checkpoint stays.
     """
     given = Given(model, learner, dataset)
-    config = located(recorded(config, given))
+    config = distributed.all_succeed(lambda: with_digest(located(recorded(config, given)), resume))
     require_same_everywhere({"resume": resume, **shared(config)})
     if resume:
         distributed.all_succeed(lambda: run_folder.require_resumable(config) if distributed.is_first() else None)
     device = distributed.all_succeed(lambda: resolve_device(config.device))
     data = distributed.one_a_machine_first(lambda: load_data(config, device, dataset))
+    tested = distributed.one_a_machine_first(lambda: test_images(config, data))
     with precision(config.precision, device), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        state = distributed.all_succeed(lambda: build(config, data, device, given))
+        state = distributed.all_succeed(lambda: build(config, data, device, given, tested))
         require_same_everywhere({"the learner's layout": layout(state.learner), **data_digests(state.identity)})
         if distributed.size() > 1:  # a learner that was given, or a model of somebody's own, may begin anywhere
             state.learner.load_state_dict(distributed.broadcast(weights(state.learner)))
@@ -250,7 +252,7 @@ def _test(state: TrainState, stop: Stop) -> dict[str, Any]:
 
 def _tested(state: TrainState, stop: Stop) -> Interval:
     config = state.config
-    sampler = evaluation_sampler(config, state.dataset.test)
+    sampler = evaluation_sampler(config, state.test_images)
     return interval(evaluate(state.learner, sampler, config.test_tasks, config.inner_steps, stop.check))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fewshot_asam import engine
-from fewshot_asam.episodes import Episodes, EpisodeSampler
+from fewshot_asam.engine import Batch
+from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.runtime import distributed
 from fewshot_asam.training.state import TrainState
 
@@ -20,18 +21,15 @@ def choose_engine(state: TrainState) -> engine.Choice:
     timed = state.device.type == "cpu" and not learner.torch_compile
     if timed and state.progress.engine:
         return engine.Choice("vmap" if state.progress.engine == "vmap" else "loop", "as before")
-    sampler, episodes = _share_of_a_batch(state)
-    if (
-        choice.name == "vmap"
-        and learner.execution_mode(learner.batch(episodes, sampler.augmentation)).batching == "loop"
-    ):
+    batch = _share_of_a_batch(state)
+    if choice.name == "vmap" and learner.execution_mode(batch).batching == "loop":
         return engine.Choice("loop", "the model cannot be vectorised")
     if not timed:
         return choice
 
     def iterate(name: engine.Batching) -> None:
         learner.engine = name
-        _iterate(state, sampler, episodes)
+        _iterate(state, batch)
 
     try:
         return engine.measured(choice, iterate)
@@ -41,16 +39,17 @@ def choose_engine(state: TrainState) -> engine.Choice:
 
 def compile_engine(state: TrainState) -> None:
     """An iteration that is thrown away, so that compiling takes no training time."""
-    _iterate(state, *_share_of_a_batch(state))
+    _iterate(state, _share_of_a_batch(state))
 
 
-def _iterate(state: TrainState, sampler: EpisodeSampler, episodes: Episodes) -> None:
-    state.learner.meta_backward(episodes, state.config.inner_steps, sampler.augmentation)
+def _iterate(state: TrainState, batch: Batch) -> None:
+    state.learner.batch_backward(batch, state.config.inner_steps)
     state.learner.zero_grad()
 
 
-def _share_of_a_batch(state: TrainState) -> tuple[EpisodeSampler, Episodes]:
+def _share_of_a_batch(state: TrainState) -> Batch:
     """A meta-batch to try things on, as large as this process's share, which leaves the run's own stream of tasks."""
     config = state.config
     sampler = EpisodeSampler(state.dataset.train, config.ways, config.shots, config.queries)
-    return sampler, sampler.sample(config.meta_batch_size)[distributed.share(config.meta_batch_size)]
+    batch = state.learner.batch(sampler.sample(config.meta_batch_size), sampler.augmentation)
+    return batch.part(distributed.share(config.meta_batch_size))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewshot_asam.data import Dataset
+from fewshot_asam.data import Dataset, ImageSet
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
@@ -18,7 +18,7 @@ from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.distributed import PeerLost
 from fewshot_asam.runtime.yaml_settings import filled
 from fewshot_asam.training import meta_step
-from fewshot_asam.training.build import build_learner
+from fewshot_asam.training.build import build_learner, training_images
 from fewshot_asam.training.checkpoint import (
     SNAPSHOTS,
     Weights,
@@ -33,6 +33,7 @@ from fewshot_asam.training.config import TrainConfig
 from fewshot_asam.training.foreign_model import require_logits
 from fewshot_asam.training.given import Given
 from fewshot_asam.training.identity import Identity, identify, require_same
+from fewshot_asam.training.initial_weights import begin_from
 from fewshot_asam.training.progress import Progress
 from fewshot_asam.training.schedules import step_weights
 from fewshot_asam.training.stored_tensors import Holders
@@ -52,6 +53,7 @@ class TrainState:
     identity: Identity
     learner: MetaLearner
     train_tasks: EpisodeSampler
+    test_images: ImageSet
     optimizer: torch.optim.Optimizer
     iterate: meta_step.Iteration
     folder: Path = Path()
@@ -241,8 +243,16 @@ def _rates(config: TrainConfig) -> str:
     return f"an inner_lr ({config.inner_lr:g}), rho ({config.rho:g}) or meta_lr ({config.meta_lr:g})"
 
 
-def build(config: TrainConfig, dataset: Dataset, device: torch.device, given: Given | None = None) -> TrainState:
+def build(
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    given: Given | None = None,
+    test_images: ImageSet | None = None,
+) -> TrainState:
     """A training that has done nothing yet, of what was given in Python and else of what the settings name.
+
+    - `test_images`: what it is tested on, if not the dataset's own.
 
     Raises `FewShotError` where there are more processes than tasks and where the learner's state cannot be stored.
     """
@@ -250,8 +260,10 @@ def build(config: TrainConfig, dataset: Dataset, device: torch.device, given: Gi
     if given.learner is not None:
         require_logits(given.learner, config, dataset.train.shape)
     learner = (given.learner or build_learner(config, dataset.train.shape, given.model)).to(device)
+    begin_from(config, learner)
     require_storable(learner)
-    train_tasks = EpisodeSampler(dataset.train, config.ways, config.shots, config.queries, seed=config.seed)
+    images, tasks = training_images(config, dataset), (config.ways, config.shots, config.queries)
+    train_tasks = EpisodeSampler(images, *tasks, seed=config.seed, label_noise=config.label_noise)
     if config.meta_batch_size < distributed.size():
         raise FewShotError(
             f"meta_batch_size is {config.meta_batch_size}, which leaves some of the {distributed.size()} processes "
@@ -260,4 +272,5 @@ def build(config: TrainConfig, dataset: Dataset, device: torch.device, given: Gi
     optimizer = meta_step.optimizer(learner, config)
     iterate = meta_step.iteration(learner, optimizer, config)
     identity = identify(config, dataset)
-    return TrainState(config, dataset, identity, learner, train_tasks, optimizer, iterate)
+    tested = dataset.test if test_images is None else test_images
+    return TrainState(config, dataset, identity, learner, train_tasks, tested, optimizer, iterate)

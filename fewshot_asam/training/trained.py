@@ -31,7 +31,8 @@ WeightsName = Literal["best", "last"]
 
 def evaluation_sampler(config: TrainConfig, images: ImageSet, seed: int = EVALUATION_SEED) -> EpisodeSampler:
     """A fresh sampler of validation or test tasks."""
-    return EpisodeSampler(images, config.ways, config.shots, config.queries, seed=seed)
+    noise = config.label_noise
+    return EpisodeSampler(images, config.ways, config.shots, config.queries, seed=seed, label_noise=noise)
 
 
 def trained_learner(
