@@ -171,7 +171,14 @@ class MetaLearner(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes what is compiled and known of its model for itself."""
-        return {**self.__dict__, "_inner_loop": None, "_settings": (), "_trials": None, "_other": None, "_processes": None}
+        return {
+            **self.__dict__,
+            "_inner_loop": None,
+            "_settings": (),
+            "_trials": None,
+            "_other": None,
+            "_processes": None,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """The unadapted model's logits."""

@@ -59,4 +59,20 @@ def test_the_numbers_are_those_of_one_process_bit_for_bit(rule: str, count: int)
     assert children() == []
 
 
-print(RULES.keys() and [os, signal, warnings, Iterator, nn, own_parts, make_images, FewShotError, SideBySide, EpisodeSampler, evaluate, deviation])
+print(
+    RULES.keys()
+    and [
+        os,
+        signal,
+        warnings,
+        Iterator,
+        nn,
+        own_parts,
+        make_images,
+        FewShotError,
+        SideBySide,
+        EpisodeSampler,
+        evaluate,
+        deviation,
+    ]
+)

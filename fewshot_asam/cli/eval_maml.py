@@ -9,6 +9,7 @@ examples:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,16 +21,19 @@ with importing():
     from torch import Tensor
 
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
+    from fewshot_asam.data import Dataset
     from fewshot_asam.errors import FewShotError
+    from fewshot_asam.learners import MetaLearner
     from fewshot_asam.runtime import distributed
     from fewshot_asam.runtime.allocator import keep_freed_memory
     from fewshot_asam.training.announcements import result_text
     from fewshot_asam.training.build import load_data, resolve_device
-    from fewshot_asam.training.checks import require_count, require_seed
+    from fewshot_asam.training.checks import Asked, require_count, require_processes, require_seed
     from fewshot_asam.training.config import TrainConfig, with_rule
-    from fewshot_asam.training.evaluation import interval, paired_difference
+    from fewshot_asam.training.evaluation import TASKS_AT_ONCE, interval, paired_difference
     from fewshot_asam.training.given import require_given
     from fewshot_asam.training.identity import data_digests, identify, require_same_everywhere, shared
+    from fewshot_asam.training.processes import choose, sharing
     from fewshot_asam.training.run_folder import stored_settings
     from fewshot_asam.training.trained import WeightsName, ensemble, evaluated, trained_learner
 
@@ -58,6 +62,8 @@ class EvalConfig:
     """folder that holds the dataset's files, if not where the run found them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one"""
+    processes: Asked = "auto"
+    """of one thread each that share the tasks on a CPU; auto goes by cores, memory and the length of the test"""
 
 
 SAME_TASKS = ("dataset", "ways", "shots", "queries")
@@ -111,6 +117,21 @@ def _what(test: EvalConfig) -> str:
     return f"of {said} " if said else ""
 
 
+def _accuracies(members: Sequence[MetaLearner], config: TrainConfig, dataset: Dataset, test: EvalConfig) -> Tensor:
+    """Of a run's learner, or of its ensemble, whose members take turns with the cores."""
+    images, device = dataset.test, dataset.test.images.device
+    at_once, total = min(test.tasks, TASKS_AT_ONCE), test.tasks * len(members) * test.permutations
+    processes = choose(
+        test.processes, device, at_once, total, False, lambda: evaluated(members[0], config, images, 1, test.seed)
+    )
+    with ExitStack() as shared:
+        for member in members:
+            processes = shared.enter_context(sharing(member, processes))
+        if distributed.size() == 1:
+            print(processes.text, flush=True)
+        return evaluated(members, config, images, test.tasks, test.seed, permutations=test.permutations)
+
+
 def command(argv: Sequence[str]) -> None:
     """Parses the arguments, tests the runs one after another and prints a line for each and for each pair."""
     parser = Parser(prog="eval_maml", description=__doc__)
@@ -120,6 +141,7 @@ def command(argv: Sequence[str]) -> None:
     test = EvalConfig(**{field.name: given[field.name] for field in fields(EvalConfig)})
     require_count("tasks", test.tasks, 2)
     require_seed("seed", test.seed)
+    require_processes(test.processes)
     settings = {folder: _trained_and_tested(Path(folder), test) for folder in given.runs}
     if len({Path(folder).resolve() for folder in given.runs}) != len(given.runs):
         raise FewShotError("the same run was given twice; expected different ones")
@@ -142,9 +164,7 @@ def command(argv: Sequence[str]) -> None:
     }
     accuracies: dict[str, Tensor] = {}
     for folder, config in to_test.items():
-        accuracies[folder] = evaluated(
-            learners[folder], config, dataset.test, test.tasks, test.seed, permutations=test.permutations
-        )
+        accuracies[folder] = _accuracies(learners[folder], config, dataset, test)
         distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], _what(test), *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])

@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -161,7 +162,7 @@ class SideBySide:
         training = [layer.training for layer in self.learner.modules()]
         places = tuple([memory.put(value) for value in values] for values in rest)
         requests = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in pairwise(edges):
             pieces = len(_pieces(stop - start, mode)) if kind == "gradients" else 0
             gradients = [[memory.place(p.dtype, p.shape) for p in self._parameters()] for _ in range(pieces)]
             requests.append(Request(kind, state, training, places, start, stop, steps, mode, total, gradients))
@@ -251,9 +252,7 @@ class SideBySide:
         return (torch.cat(losses), torch.cat(logits)), flags
 
 
-def _compute(
-    kind: Kind, inner_loop: InnerLoop, tasks: Batch, steps: int, mode: ExecutionMode, num_tasks: int
-) -> Found:
+def _compute(kind: Kind, inner_loop: InnerLoop, tasks: Batch, steps: int, mode: ExecutionMode, num_tasks: int) -> Found:
     if kind == "gradients":
         with torch.enable_grad():
             return engine.task_gradients(inner_loop, tasks, steps, mode, num_tasks)

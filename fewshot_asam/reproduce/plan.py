@@ -31,7 +31,7 @@ NOT_IN_PLANS = ("data_root", "output_dir", "device", "max_minutes", "seed")
 NOT_IN_NAMES = (
     *("data_root", "output_dir", "device", "max_minutes", "checkpoint_every", "test_tasks", "congruence_tasks"),
     "keep_snapshots",
-    *("engine", "torch_compile", "recompute", "cuda_graph"),
+    *("engine", "torch_compile", "recompute", "cuda_graph", "processes"),
 )
 """Settings that leave a run's weights as they are, up to rounding, so that its name does not depend on them."""
 ORIGINAL_DEFAULTS = {"init": "xavier", "head_init": "default"}

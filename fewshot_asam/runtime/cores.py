@@ -15,7 +15,7 @@ from fewshot_asam.runtime.memory import group_folders
 class Cores(NamedTuple):
     """How many, and what sets the limit."""
 
-    count: int
+    number: int
     reason: str
 
 
@@ -32,7 +32,7 @@ def usable_cores(threads: int, root: Path = Path("/")) -> Cores:
     found += [Cores(max(1, math.floor(quota)), f"a CPU quota of {quota:g}") for quota in _quotas(root)]
     said = f"OMP_NUM_THREADS={threads}" if "OMP_NUM_THREADS" in os.environ else _counted(threads, "PyTorch thread")
     found.append(Cores(threads, said))
-    return min(found, key=lambda cores: cores.count)
+    return min(found, key=lambda cores: cores.number)
 
 
 def _counted(count: int, what: str) -> str:

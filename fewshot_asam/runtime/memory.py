@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def memory_limit(root: Path = Path("/")) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that nobody uses, of the machine or of the container, whichever has less; what caches hold counts.
+    """Bytes of memory that nobody uses, or only to cache files: the machine's or the container's, whichever is less.
 
     Raises `OSError` where the system does not say.
     """
@@ -26,6 +26,22 @@ def available_memory(root: Path = Path("/")) -> int:
     if free is None:
         raise OSError("/proc/meminfo does not say what is available")
     return max(0, min([free, *(limit - used for limit, used in _groups(root))]))
+
+
+def growth(work: Callable[[], object], process: Path = Path("/proc/self")) -> int:
+    """Bytes by which this process was at most larger than before while `work` ran; 0 where that cannot be told."""
+    before = None
+    with suppress(OSError):
+        (process / "clear_refs").write_text("5")  # forgets how large it has been
+        before = _status(process, "VmRSS")
+    work()
+    return 0 if before is None else max(0, _status(process, "VmHWM") - before)
+
+
+def _status(process: Path, field: str) -> int:
+    """A field of Linux's account of a process, in bytes."""
+    lines = (process / "status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def group_folders(root: Path, controller: str) -> Iterator[Path]:

@@ -17,7 +17,9 @@ from fewshot_asam.runtime.yaml_settings import filled
 from fewshot_asam.training.config import Part, TrainConfig, located, plain
 from fewshot_asam.training.given import require_given
 
-FREE_TO_CHANGE = ("iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every", "keep_snapshots")
+FREE_TO_CHANGE = (
+    *("iterations", "max_minutes", "data_root", "output_dir", "checkpoint_every", "keep_snapshots", "processes"),
+)
 """Settings with which a run may be resumed although they differ."""
 OF_A_MACHINE = ("data_root", "split_csv", "output_dir")
 """Settings that may differ between the processes of a job: where the files are on each machine."""

@@ -1,11 +1,24 @@
-"""What is tried before a run begins: which engine is faster, and an iteration that compiles."""
+"""What is tried before a run begins: a task, which engine is faster, and an iteration that compiles."""
 
 from __future__ import annotations
 
 from fewshot_asam import engine
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.runtime import distributed
+from fewshot_asam.training.processes import Processes, choose
 from fewshot_asam.training.state import TrainState
+
+
+def choose_processes(state: TrainState) -> Processes:
+    """How many processes are to share the tasks of what is left of the run."""
+    config, learner = state.config, state.learner
+    total = (config.iterations - state.progress.iteration) * config.meta_batch_size
+
+    def task() -> None:
+        sampler = _tasks(state)
+        _iterate(state, sampler, sampler.sample(1))
+
+    return choose(config.processes, state.device, config.meta_batch_size, total, learner.torch_compile, task)
 
 
 def choose_engine(state: TrainState) -> engine.Choice:
@@ -50,7 +63,12 @@ def _iterate(state: TrainState, sampler: EpisodeSampler, episodes: Episodes) -> 
 
 
 def _share_of_a_batch(state: TrainState) -> tuple[EpisodeSampler, Episodes]:
-    """A meta-batch to try things on, as large as this process's share, which leaves the run's own stream of tasks."""
+    """A meta-batch to try things on, as large as this process's share."""
+    sampler, size = _tasks(state), state.config.meta_batch_size
+    return sampler, sampler.sample(size)[distributed.share(size)]
+
+
+def _tasks(state: TrainState) -> EpisodeSampler:
+    """Tasks like those of the run, but not its own stream of them."""
     config = state.config
-    sampler = EpisodeSampler(state.dataset.train, config.ways, config.shots, config.queries)
-    return sampler, sampler.sample(config.meta_batch_size)[distributed.share(config.meta_batch_size)]
+    return EpisodeSampler(state.dataset.train, config.ways, config.shots, config.queries)
