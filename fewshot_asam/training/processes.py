@@ -112,10 +112,15 @@ def _fitting(memory: int) -> int:
 
 @contextmanager
 def sharing(learner: MetaLearner, processes: Processes) -> Iterator[Processes]:
-    """Within, so many processes share the learner's tasks; this one alone where the system does not allow more."""
+    """Within, so many processes share the learner's tasks; this one alone where the system does not allow more.
+
+    Threads of this one would be in the others' way between the batches too.
+    """
     with ExitStack() as forked:
         try:
             forked.enter_context(learner.side_by_side(processes.number))
+            if processes.number > 1:
+                forked.enter_context(one_thread())
         except FewShotError as error:
             if processes.reason == AS_ASKED:
                 raise
