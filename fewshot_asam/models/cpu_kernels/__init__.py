@@ -8,5 +8,6 @@ from fewshot_asam.models.cpu_kernels.block import (
     float32_after,
     multiplies_bfloat16,
 )
+from fewshot_asam.models.cpu_kernels.build import begun
 
-__all__ = ["applies", "available", "conv_block", "disabled", "float32_after", "multiplies_bfloat16"]
+__all__ = ["applies", "available", "begun", "conv_block", "disabled", "float32_after", "multiplies_bfloat16"]
