@@ -43,7 +43,7 @@ from fewshot_asam.data.omniglot import HASHES, SUBFOLDERS
 
 TOTALS = (1, 10, 100)
 """Numbers of updates whose total time is reported, as far as so many are run."""
-SUITABLE = ("omniglot_5w1s", "omniglot_20w1s", "smoke")
+SUITABLE = ("omniglot_5w1s", "omniglot_5w1s_small", "omniglot_20w1s", "smoke")
 PAIRS = (
     ("learn2learn, first run", "ours, first run"),
     ("learn2learn, later run", "ours, later run"),

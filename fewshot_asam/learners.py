@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
 from fewshot_asam.rules.maml import MAMLRule
 from fewshot_asam.rules.sharp_maml_low import SharpMAMLRule
 from fewshot_asam.rules.validation_sets import Validation
+from fewshot_asam.runtime.cores import usable_cores
+from fewshot_asam.runtime.forks import AVAILABLE
 from fewshot_asam.verification.settings import InnerRate, Norm, checked_inner_loop
 from fewshot_asam.verification.trials import Trials
 
@@ -239,8 +241,11 @@ class MetaLearner(nn.Module):
         return self._run(engines.meta_backward, batch, whole_steps(steps), loss)
 
     @contextmanager
-    def side_by_side(self, processes: int) -> Iterator[None]:
+    def side_by_side(self, processes: int | Literal["auto"] = "auto") -> Iterator[int]:
         """Within, so many processes of one thread each, this one included, share the tasks on a CPU.
+
+        `auto` takes one for each core that this process may use: its affinity, a container's CPU quota and
+        `OMP_NUM_THREADS` are heeded. The `with` statement gives the number.
 
         So do `meta_backward`, and `meta_loss` and `evaluate` under `torch.no_grad`; `meta_loss` with a graph does not.
         The numbers are those of one thread, bit for bit where tasks are run one by one and the model draws nothing.
@@ -250,10 +255,12 @@ class MetaLearner(nn.Module):
         any other way, such as the probability of a dropout layer, as it was. Gradients reach the learner's own
         parameters. Linux alone; raises `FewShotError` elsewhere, and where the system does not allow it.
         """
+        if processes == "auto":
+            processes = usable_cores(torch.get_num_threads()).number if AVAILABLE else 1
         if processes < 1:
-            raise FewShotError(f"processes is {processes}; expected at least 1")
+            raise FewShotError(f"processes is {processes}; expected auto, or at least 1")
         if processes == 1 or self._processes is not None:
-            yield
+            yield 1 if self._processes is None else self._processes.count
             return
         try:
             shared = SideBySide(self, lambda: self.inner_loop, processes)
@@ -264,7 +271,7 @@ class MetaLearner(nn.Module):
         with shared:
             self._processes = shared
             try:
-                yield
+                yield processes
             finally:
                 self._processes = None
 

@@ -281,12 +281,15 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_processes_are_timed_on_the_same_numbers(run: Callable[..., dict[str, Any]]) -> None:
     """Their losses are compared by the benchmark itself, which the last assertion shows to be of real iterations."""
     written = run(scaling)
-    (result,), (row,) = written["results"], written["efficiency"]
-    one, two = (result["contestants"][name] for name in ("1 process", "2 processes"))
-    assert len(one["seconds"]) == len(two["seconds"]) == 2
-    assert math.isclose(2 * row["efficiency"], row["speed-up"])
+    (result,) = written["results"]
+    one = result["contestants"]["1 process"]
     assert one["losses"][0] != one["losses"][1]
-    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-3
+    for row, several in zip(written["efficiency"], ("2 forks", "2 processes"), strict=True):
+        two = result["contestants"][several]
+        assert row["of"] == several
+        assert len(one["seconds"]) == len(two["seconds"]) == 2
+        assert math.isclose(2 * row["efficiency"], row["speed-up"])
+        assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-3
 
 
 def test_worker_measures_memory(toys: None) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 import faults
 from conftest import make_images
-from fewshot_asam import FewShotError
+from fewshot_asam import FewShotError, learners
 from fewshot_asam.engine import side_by_side
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import build_model
 from fewshot_asam.rates import LearnedRates
 from fewshot_asam.runtime import forks
+from fewshot_asam.runtime.cores import Cores
 from fewshot_asam.training.checkpoint import decode, read_state
 from fewshot_asam.training.evaluation import evaluate
 from problems import SHAPE, deviation, episodes, made_learner
@@ -72,6 +73,17 @@ def test_the_numbers_are_those_of_one_process_bit_for_bit(rule: str, options: di
             assert len(children(os.getpid())) == count - 1
             assert all(same(results(learner, seed, step_weights=[0.3, 0.7]), expected[seed]) for seed in range(2))
         assert children(os.getpid()) == []
+
+
+def test_there_is_a_process_for_each_usable_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learners, "usable_cores", lambda threads: Cores(3 * threads, "of a test"))
+    learner = made()
+    with learner.side_by_side() as outer, learner.side_by_side(2) as inner:
+        assert (outer, inner) == (3, 3)
+        assert len(children(os.getpid())) == 2
+    monkeypatch.setattr(learners, "AVAILABLE", False)
+    with learner.side_by_side() as alone:
+        assert alone == 1
 
 
 def test_vectorised_tasks_agree_up_to_rounding() -> None:
@@ -213,7 +225,7 @@ def test_where_no_process_can_be_made_it_is_said(monkeypatch: pytest.MonkeyPatch
         raise BlockingIOError("Resource temporarily unavailable")
 
     learner = made()
-    with pytest.raises(FewShotError, match="processes is 0; expected at least 1"), learner.side_by_side(0):
+    with pytest.raises(FewShotError, match="processes is 0; expected auto, or at least 1"), learner.side_by_side(0):
         pass
     with monkeypatch.context() as patch:
         patch.setattr(os, "fork", refuse)
