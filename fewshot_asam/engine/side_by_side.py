@@ -161,10 +161,10 @@ class SideBySide:
             state = [memory.put(value) for value in self._state()]
         training = [layer.training for layer in self.learner.modules()]
         places = tuple([memory.put(value) for value in values] for values in rest)
-        requests = []
+        requests, parameters = [], self._parameters()
         for start, stop in pairwise(edges):
             pieces = len(_pieces(stop - start, mode)) if kind == "gradients" else 0
-            gradients = [[memory.place(p.dtype, p.shape) for p in self._parameters()] for _ in range(pieces)]
+            gradients = [[memory.place(p.dtype, p.shape) for p in parameters] for _ in range(pieces)]
             requests.append(Request(kind, state, training, places, start, stop, steps, mode, total, gradients))
         return requests
 
@@ -201,8 +201,9 @@ class SideBySide:
     def _taken(self, request: Request, answer: tuple[Found, list[list[bool]]]) -> Found:
         """A fork's results, its gradients added one after another."""
         found, differentiated = answer
+        parameters = self._parameters()
         for places, flags in zip(request.gradients, differentiated, strict=True):
-            for parameter, place, has_gradient in zip(self._parameters(), places, flags, strict=True):
+            for parameter, place, has_gradient in zip(parameters, places, flags, strict=True):
                 if has_gradient:
                     gradient = self.memory.at(place)
                     parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
