@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     roofline,
     rules,
     scaling,
+    serial_part,
     table,
     worker,
 )
@@ -290,6 +291,14 @@ def test_processes_are_timed_on_the_same_numbers(run: Callable[..., dict[str, An
         assert len(one["seconds"]) == len(two["seconds"]) == 2
         assert math.isclose(2 * row["efficiency"], row["speed-up"])
         assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-3
+
+
+def test_serial_part(run: Callable[..., dict[str, Any]]) -> None:
+    (row,) = run(serial_part)["serial_part_ms"]
+    assert row["serial"] > 0
+    assert row["a task"] > 0
+    assert math.isclose(row["1"], row["serial"] + 2 * row["a task"])
+    assert row["64"] == row["2"] < row["1"]
 
 
 def test_worker_measures_memory(toys: None) -> None:
