@@ -8,6 +8,7 @@ examples:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -33,7 +34,7 @@ with importing():
     from fewshot_asam.training.evaluation import TASKS_AT_ONCE, interval, paired_difference
     from fewshot_asam.training.given import require_given
     from fewshot_asam.training.identity import data_digests, identify, require_same_everywhere, shared
-    from fewshot_asam.training.processes import choose, sharing
+    from fewshot_asam.training.processes import Processes, choose, sharing
     from fewshot_asam.training.run_folder import stored_settings
     from fewshot_asam.training.trained import WeightsName, ensemble, evaluated, trained_learner
 
@@ -117,19 +118,26 @@ def _what(test: EvalConfig) -> str:
     return f"of {said} " if said else ""
 
 
-def _accuracies(members: Sequence[MetaLearner], config: TrainConfig, dataset: Dataset, test: EvalConfig) -> Tensor:
-    """Of a run's learner, or of its ensemble, whose members take turns with the cores."""
-    images, device = dataset.test, dataset.test.images.device
-    at_once, total = min(test.tasks, TASKS_AT_ONCE), test.tasks * len(members) * test.permutations
-    processes = choose(
-        test.processes, device, at_once, total, False, lambda: evaluated(members[0], config, images, 1, test.seed)
+def _processes(learner: MetaLearner, config: TrainConfig, dataset: Dataset, test: EvalConfig, tests: int) -> Processes:
+    """How many are to share the tasks of so many tests like that of `learner`; said beside the results, not in them."""
+    device, at_once = dataset.test.images.device, min(test.tasks, TASKS_AT_ONCE)
+    total = test.tasks * test.permutations * tests
+    chosen = choose(
+        test.processes, device, at_once, total, False, lambda: evaluated(learner, config, dataset.test, 1, test.seed)
     )
+    if distributed.size() == 1:
+        print(chosen.text, file=sys.stderr, flush=True)
+    return chosen
+
+
+def _accuracies(
+    members: Sequence[MetaLearner], config: TrainConfig, dataset: Dataset, test: EvalConfig, processes: Processes
+) -> Tensor:
+    """Of a run's learner, or of its ensemble, whose members take turns with the cores."""
     with ExitStack() as shared:
         for member in members:
-            processes = shared.enter_context(sharing(member, processes))
-        if distributed.size() == 1:
-            print(processes.text, flush=True)
-        return evaluated(members, config, images, test.tasks, test.seed, permutations=test.permutations)
+            shared.enter_context(sharing(member, processes))
+        return evaluated(members, config, dataset.test, test.tasks, test.seed, permutations=test.permutations)
 
 
 def command(argv: Sequence[str]) -> None:
@@ -162,9 +170,11 @@ def command(argv: Sequence[str]) -> None:
         ]
         for folder, (trained, tested) in settings.items()
     }
+    first, tests = next(iter(learners)), sum(map(len, learners.values()))
+    processes = _processes(learners[first][0], to_test[first], dataset, test, tests)
     accuracies: dict[str, Tensor] = {}
     for folder, config in to_test.items():
-        accuracies[folder] = _accuracies(learners[folder], config, dataset, test)
+        accuracies[folder] = _accuracies(learners[folder], config, dataset, test, processes)
         distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], _what(test), *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])
