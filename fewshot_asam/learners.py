@@ -173,14 +173,8 @@ class MetaLearner(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes what is compiled and known of its model for itself."""
-        return {
-            **self.__dict__,
-            "_inner_loop": None,
-            "_settings": (),
-            "_trials": None,
-            "_other": None,
-            "_processes": None,
-        }
+        of_its_own = dict.fromkeys(("_inner_loop", "_trials", "_other", "_processes"))
+        return {**self.__dict__, **of_its_own, "_settings": ()}
 
     def forward(self, x: Tensor) -> Tensor:
         """The unadapted model's logits."""
@@ -242,18 +236,23 @@ class MetaLearner(nn.Module):
 
     @contextmanager
     def side_by_side(self, processes: int | Literal["auto"] = "auto") -> Iterator[int]:
-        """Within, so many processes of one thread each, this one included, share the tasks on a CPU.
+        """Within, so many processes of one thread each, this one included, share the tasks of a batch on a CPU.
 
-        `auto` takes one for each core that this process may use: its affinity, a container's CPU quota and
-        `OMP_NUM_THREADS` are heeded. The `with` statement gives the number.
+        **Arguments:**
 
-        So do `meta_backward`, and `meta_loss` and `evaluate` under `torch.no_grad`; `meta_loss` with a graph does not.
-        The numbers are those of one thread, bit for bit where tasks are run one by one and the model draws nothing.
+        - `processes`: `auto` takes one for each core that this process may use; its affinity, a container's CPU quota
+          and `OMP_NUM_THREADS` are heeded.
 
-        The others are forks of this process, made here and again when one of the learner's settings has changed: they
-        see the parameters, the buffers and `training` as they are at each call, but a model that is changed in
-        any other way, such as the probability of a dropout layer, as it was. Gradients reach the learner's own
-        parameters. Linux alone; raises `FewShotError` elsewhere, and where the system does not allow it.
+        **Returns:** their number, by `as`.
+
+        `meta_backward` is shared, and so are `evaluate` and `meta_loss` under `torch.no_grad`, but not a `meta_loss`
+        with a graph. The numbers are those of one thread, bit for bit where tasks are run one by one and the model
+        draws nothing. Gradients reach the learner's own parameters.
+
+        The others are forks of this process, made here, and made again when a setting of the learner has changed. They
+        see the parameters, the buffers and each layer's mode of the moment; a model that is changed in another way, as
+        in the probability of a dropout layer, they see as it was. Linux alone: elsewhere `auto` is 1, and any other
+        number raises `FewShotError`, as it does where the system allows no more processes.
         """
         if processes == "auto":
             processes = usable_cores(torch.get_num_threads()).number if AVAILABLE else 1

@@ -89,7 +89,7 @@ class SideBySide:
             os.getpid() == self._owner
             and self.count > 1
             and batch.num_tasks > 1
-            and all(value.device.type == "cpu" for values in batch for value in values)
+            and all(map(_copies, (*batch.support, *batch.query, *batch.step_weights, *self._state())))
             and not (isinstance(lr, Tensor) and lr.requires_grad and not lr.is_leaf)
             and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters())
         )
@@ -259,6 +259,11 @@ def _compute(kind: Kind, inner_loop: InnerLoop, tasks: Batch, steps: int, mode: 
             return engine.task_gradients(inner_loop, tasks, steps, mode, num_tasks)
     with torch.no_grad():
         return engine.task_losses(inner_loop, tasks, steps, mode)
+
+
+def _copies(value: Tensor) -> bool:
+    """Whether its numbers can be copied into shared memory."""
+    return value.device.type == "cpu" and value.layout == torch.strided
 
 
 def _pieces(tasks: int, mode: ExecutionMode) -> list[slice]:

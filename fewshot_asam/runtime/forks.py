@@ -78,7 +78,9 @@ class Fork:
     def __init__(self, serve: Callable[[Any], Any]) -> None:
         self._ours, theirs = multiprocessing.Pipe()
         parent = os.getpid()
-        self.pid = os.fork()
+        with warnings.catch_warnings():  # Python 3.12 warns of C libraries' threads too, which a fork does without
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
         if self.pid == 0:
             _live(parent, theirs, serve)
         theirs.close()
