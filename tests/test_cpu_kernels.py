@@ -201,11 +201,10 @@ def test_convolutions_in_bfloat16_and_all_else_in_float32(monkeypatch: pytest.Mo
     expected, exact = derivatives(rounded, values, 2), derivatives(fused_block, values, 2)
     with torch.autocast("cpu", torch.bfloat16):
         found = derivatives(fused_block, values, 2)
-    assert torch.allclose(found[0], expected[0], rtol=0, atol=1e-5)
-    for mine, theirs, full in zip(found, expected, exact, strict=True):
-        assert mine.dtype == torch.float32
-        assert 2 * off(mine, theirs) < off(mine, full) or off(mine, theirs) < 1e-5
-    assert off(found[0], exact[0]) > 1e-4
+    assert all(mine.dtype == torch.float32 for mine in found)
+    assert max(map(off, found[:5], expected[:5])) < 1e-5
+    assert max(map(off, found[5:], expected[5:])) < 1e-2  # PyTorch rounds at other places
+    assert min(map(off, found[1:3], exact[1:3])) > 1e-2
 
 
 def test_a_network_in_bfloat16_is_close_and_its_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
