@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # at the end: the package is the installed one
 
 from benchmarks import (  # noqa: E402
+    bfloat16,
     cost_curves,
     end_to_end,
     interleave,
@@ -291,6 +292,12 @@ def test_processes_are_timed_on_the_same_numbers(run: Callable[..., dict[str, An
         assert len(one["seconds"]) == len(two["seconds"]) == 2
         assert math.isclose(2 * row["efficiency"], row["speed-up"])
         assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-3
+
+
+def test_bfloat16(run: Callable[..., dict[str, Any]]) -> None:
+    (row,) = run(bfloat16)["bfloat16"]
+    assert math.isclose(row["times as fast"], row["float32"] / row["bfloat16"])
+    assert 0.5 < row["cosine"] < 1 - 1e-7
 
 
 def test_serial_part(run: Callable[..., dict[str, Any]]) -> None:
