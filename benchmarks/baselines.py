@@ -6,8 +6,9 @@ All start from the same weights and see the same episodes, so that their losses 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from benchmarks import learn2learn_reference
 from benchmarks.peer_packages import import_learn2learn
 from benchmarks.presets import PRESETS, Preset, episodes
-from fewshot_asam.engine import Batch, meta_backward
+from fewshot_asam.engine import Batch
 from fewshot_asam.engine.cuda_graph import CudaGraphed, CudaGraphs
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import build_model
 from fewshot_asam.rules import rule_class
 
+_shared = ExitStack()
 NAMES = {"blocks": "features", "norm": "normalize", "head": "classifier"}
 """Our names of Conv4's parts to learn2learn's; both call a convolution `conv`."""
 
@@ -34,7 +36,7 @@ class Contestant:
 
     - `author`: `ours`, `learn2learn` (its own `MAML`) or `transcription` (the rule written in its style).
     - `rule`, `rho`, `through_perturbation`: as the rule's; learn2learn's `MAML` has no other.
-    - `engine`: ours alone.
+    - `engine`, `processes`: ours alone. As `train_maml` does, it shares the tasks among all cores on a CPU.
     """
 
     author: str
@@ -42,6 +44,7 @@ class Contestant:
     rho: float = 5e-4
     through_perturbation: bool = True
     engine: str = "auto"
+    processes: int | Literal["auto"] = "auto"
 
     @property
     def keeps_memory(self) -> bool:
@@ -131,11 +134,18 @@ def _our_run(contestant: Contestant, model: nn.Module, batch: Episodes, steps: i
 
     def meta_gradient(tasks: Batch) -> Tensor:
         learner.zero_grad()
-        return meta_backward(learner.inner_loop, tasks, steps, learner.execution_mode(tasks)).loss
+        return learner.batch_backward(tasks, steps).loss
 
     on_gpu = batch.support_x.device.type == "cuda"
+    if not on_gpu:
+        share_for_good(learner, contestant.processes)
     iterate = CudaGraphed(meta_gradient, CudaGraphs()) if on_gpu else meta_gradient
     return Built(lambda: iterate(learner.batch(batch)).item(), model)
+
+
+def share_for_good(learner: MetaLearner, processes: int | Literal["auto"]) -> None:
+    """Shares the learner's tasks among processes that end with this one."""
+    _shared.enter_context(learner.side_by_side(processes))
 
 
 def _their_run(contestant: Contestant, model: nn.Module, batch: Episodes, steps: int) -> Built:

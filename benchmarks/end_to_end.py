@@ -43,7 +43,7 @@ from fewshot_asam.data.omniglot import HASHES, SUBFOLDERS
 
 TOTALS = (1, 10, 100)
 """Numbers of updates whose total time is reported, as far as so many are run."""
-SUITABLE = ("omniglot_5w1s", "omniglot_20w1s", "smoke")
+SUITABLE = ("omniglot_5w1s", "omniglot_5w1s_small", "omniglot_20w1s", "smoke")
 PAIRS = (
     ("learn2learn, first run", "ours, first run"),
     ("learn2learn, later run", "ours, later run"),
@@ -73,7 +73,7 @@ class Course:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns what the JSON holds."""
-    parser = table.parser("end_to_end", __doc__, SUITABLE[:2], rounds=3)
+    parser = table.parser("end_to_end", __doc__, SUITABLE[:3], rounds=3)
     parser.add_argument("--data-root", type=Path, required=True, help="folder that holds Omniglot's archives or trees")
     parser.add_argument("--updates", type=table.count, default=TOTALS[-1], help="meta-updates a round (%(default)s)")
     options = parser.parse_args(argv)

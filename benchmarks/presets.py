@@ -49,6 +49,7 @@ PRESETS = {
     "mini_5w1s": Preset(5, 1, 15, side=84, channels=3, hidden=32, steps=5, tasks=4),
     "mini_5w5s": Preset(5, 5, 15, side=84, channels=3, hidden=32, steps=5, tasks=4),
     "omniglot_5w1s": Preset(5, 1, 15, side=28, channels=1, hidden=64, steps=1, tasks=32),
+    "omniglot_5w1s_small": Preset(5, 1, 5, side=28, channels=1, hidden=32, steps=1, tasks=16),
     "omniglot_20w1s": Preset(20, 1, 15, side=28, channels=1, hidden=64, steps=5, tasks=16),
     "smoke": Preset(3, 1, 2, side=28, channels=1, hidden=12, steps=2, tasks=2),
 }

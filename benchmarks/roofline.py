@@ -77,7 +77,7 @@ def convolutions(preset: Preset) -> dict[Convolution, int]:
 
 def counted_flops(preset: Preset) -> tuple[int, int]:
     """FLOPs of one meta-gradient of engine `loop` in plain PyTorch, which is counted: all, and of convolutions."""
-    run = make(Contestant("ours", engine="loop"), preset, episodes(preset))
+    run = make(Contestant("ours", engine="loop", processes=1), preset, episodes(preset))
     with FlopCounterMode(display=False) as counter:
         run()
     by_operator = counter.get_flop_counts()["Global"]

@@ -1,6 +1,7 @@
-"""What more processes of one job gain: meta-iterations of one process against those of several, one thread each.
+"""What more cores gain: meta-iterations of one process of one thread against those of several, one thread each.
 
-Both compute the same meta-batch, reduction and Adam step included; the benchmark fails where their losses differ. The
+*Forks* share the tasks as `train_maml` does by itself, *processes* as a job of torchrun's, which may span machines. All
+compute the same meta-batch, reduction and Adam step included; the benchmark fails where their losses differ. The
 jobs take turns run by run and a job that waits sleeps. A run of several processes takes as long as its slowest one.
 
 - *Efficiency* is the time of one process over that of `n`, divided by `n`: 1 where nothing is lost.
@@ -29,7 +30,7 @@ LARGEST_DIFFERENCE = 1e-5
 class Job:
     """Processes that run iterations together; use as a context manager, which ends them."""
 
-    def __init__(self, count: int, rule: str, preset: Preset, device: str) -> None:
+    def __init__(self, count: int, rule: str, preset: Preset, device: str, forks: int = 1) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -38,7 +39,7 @@ class Job:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
             self.processes.append(self.stack.enter_context(Process(place)))
-        arguments = {"rule": rule, "preset": asdict(preset), "device": device}
+        arguments = {"rule": rule, "preset": asdict(preset), "device": device, "forks": forks}
         order = {"do": "build", "factory": "benchmarks.scaling:iteration", "arguments": arguments}
         self.together(lambda one: one(**order, device=device, keep_freed_memory=True))
         self.first = self.run()
@@ -61,9 +62,9 @@ class Job:
         return {"seconds": max(answer["seconds"] for answer in answers), "loss": answers[0]["loss"]}
 
 
-def iteration(rule: Any, preset: dict[str, Any], device: str) -> Callable[[], dict[str, float]]:
+def iteration(rule: Any, preset: dict[str, Any], device: str, forks: int = 1) -> Callable[[], dict[str, float]]:
     """What a worker runs: one meta-iteration, this process's share of it."""
-    from benchmarks import learn2learn_reference
+    from benchmarks import baselines, learn2learn_reference
     from fewshot_asam.learners import MetaLearner
     from fewshot_asam.models import build_model
     from fewshot_asam.rules import rule_class
@@ -80,6 +81,7 @@ def iteration(rule: Any, preset: dict[str, Any], device: str) -> Callable[[], di
     config = TrainConfig(inner_steps=problem.steps, meta_lr=1e-4)
     iterate = meta_step.iteration(learner, meta_step.optimizer(learner, config), config)
     batch = episodes(problem, place)
+    baselines.share_for_good(learner, forks)
 
     def run() -> dict[str, float]:
         return {"loss": iterate(learner.batch(batch))[0].item()}
@@ -87,10 +89,19 @@ def iteration(rule: Any, preset: dict[str, Any], device: str) -> Callable[[], di
     return run
 
 
-def measure(rule: str, preset: Preset, counts: Sequence[int], rounds: int, device: str) -> dict[str, Times]:
-    """Times iterations of jobs of `counts` processes, turn by turn; raises `WorkerError` where losses differ."""
+def measure(rule: str, preset: Preset, most: int, rounds: int, device: str) -> dict[str, Times]:
+    """Times iterations of one process, of `most` forks and of a job of `most`, turn by turn.
+
+    Raises `WorkerError` where losses differ.
+    """
     with ExitStack() as stack:
-        jobs = {count: stack.enter_context(Job(count, rule, preset, device)) for count in counts}
+        shapes = {_name(1): (1, 1), _forks(most): (1, most), _name(most): (most, 1)}
+        if device != "cpu":
+            del shapes[_forks(most)]
+        jobs = {
+            name: stack.enter_context(Job(count, rule, preset, device, forks))
+            for name, (count, forks) in shapes.items()
+        }
         losses = [job.first["loss"] for job in jobs.values()]
         if max(losses) - min(losses) > LARGEST_DIFFERENCE * min(losses):
             raise WorkerError(f"the losses are {losses}; the jobs do not compute the same")
@@ -100,28 +111,33 @@ def measure(rule: str, preset: Preset, counts: Sequence[int], rounds: int, devic
                 if turn >= WARM_UPS:
                     job.times.seconds.append(answer["seconds"])
                     job.times.losses.append(answer["loss"])
-        return {_name(count): job.times for count, job in jobs.items()}
+        return {name: job.times for name, job in jobs.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns what the JSON holds."""
-    parser = table.parser("scaling", __doc__, presets=("mini_5w1s", "omniglot_5w1s"))
+    parser = table.parser("scaling", __doc__, presets=("mini_5w1s", "omniglot_5w1s", "omniglot_5w1s_small"))
     parser.add_argument("--processes", type=table.count, default=2, help="of the larger job (%(default)s)")
     parser.add_argument("--rule", default="maml", help="lower-level rule (%(default)s)")
     options = parser.parse_args(argv)
     if options.device == "cpu" and options.processes > (os.cpu_count() or 1):
         print(f"{options.processes} processes share {os.cpu_count()} cores", file=sys.stderr)
-    report, many = table.Report(options.device), _name(options.processes)
+    report, most = table.Report(options.device), options.processes
     report.tables["efficiency"] = []
     for name in options.presets:
         print(f"{name}: {PRESETS[name].text}", file=sys.stderr)
-        times = measure(options.rule, PRESETS[name], (1, options.processes), options.rounds, options.device)
-        found = report.add(name, "one thread each", times, [(_name(1), many)])["ratios"][0]
-        row = {"preset": name, "rule": options.rule, "processes": options.processes}
-        row |= {"speed-up": found["median"], "efficiency": found["median"] / options.processes}
-        report.tables["efficiency"].append(row)
+        times = measure(options.rule, PRESETS[name], most, options.rounds, options.device)
+        pairs = [(_name(1), many) for many in times if many != _name(1)]
+        for found in report.add(name, "one thread each", times, pairs)["ratios"]:
+            row = {"preset": name, "rule": options.rule, "of": found["to"]}
+            row |= {"speed-up": found["median"], "efficiency": found["median"] / most}
+            report.tables["efficiency"].append(row)
     report.data["efficiency"] = report.tables["efficiency"]
     return report.finish(options.output)
+
+
+def _forks(count: int) -> str:
+    return f"{count} forks"
 
 
 def _name(count: int) -> str:

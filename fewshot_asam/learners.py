@@ -10,8 +10,9 @@ out = learner.meta_loss(episodes, steps=5)      # the same for a batch of tasks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from fewshot_asam import engine as engines
 from fewshot_asam.clones import Task, whole_steps, with_options
 from fewshot_asam.engine import Batch, EngineName, ExecutionMode, InnerLoop, MetaOutput, Objective
 from fewshot_asam.engine.functional import exclusive
+from fewshot_asam.engine.side_by_side import SideBySide
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.models import Adapted
@@ -29,6 +31,8 @@ from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
 from fewshot_asam.rules.maml import MAMLRule
 from fewshot_asam.rules.sharp_maml_low import SharpMAMLRule
 from fewshot_asam.rules.validation_sets import Validation
+from fewshot_asam.runtime.cores import usable_cores
+from fewshot_asam.runtime.forks import AVAILABLE
 from fewshot_asam.verification.settings import InnerRate, Norm, checked_inner_loop
 from fewshot_asam.verification.trials import Trials
 
@@ -104,6 +108,7 @@ class MetaLearner(nn.Module):
         self._settings: tuple[Any, ...] = ()
         self._trials: Trials | None = None
         self._other: tuple[InnerLoop, InnerLoop] | None = None
+        self._processes: SideBySide | None = None
         self.inner_loop  # noqa: B018  its own checks
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -168,7 +173,8 @@ class MetaLearner(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes what is compiled and known of its model for itself."""
-        return {**self.__dict__, "_inner_loop": None, "_settings": (), "_trials": None, "_other": None}
+        of_its_own = dict.fromkeys(("_inner_loop", "_trials", "_other", "_processes"))
+        return {**self.__dict__, **of_its_own, "_settings": ()}
 
     def forward(self, x: Tensor) -> Tensor:
         """The unadapted model's logits."""
@@ -228,6 +234,46 @@ class MetaLearner(nn.Module):
             raise FewShotError("meta_backward was called without gradients, under torch.no_grad(); use meta_loss there")
         return self._run(engines.meta_backward, batch, whole_steps(steps), loss)
 
+    @contextmanager
+    def side_by_side(self, processes: int | Literal["auto"] = "auto") -> Iterator[int]:
+        """Within, so many processes of one thread each, this one included, share the tasks of a batch on a CPU.
+
+        **Arguments:**
+
+        - `processes`: `auto` takes one for each core that this process may use; its affinity, a container's CPU quota
+          and `OMP_NUM_THREADS` are heeded.
+
+        **Returns:** their number, by `as`.
+
+        `meta_backward` is shared, and so are `evaluate` and `meta_loss` under `torch.no_grad`, but not a `meta_loss`
+        with a graph. The numbers are those of one thread, bit for bit where tasks are run one by one and the model
+        draws nothing. Gradients reach the learner's own parameters.
+
+        The others are forks of this process, made here, and made again when a setting of the learner has changed. They
+        see the parameters, the buffers and each layer's mode of the moment; a model that is changed in another way, as
+        in the probability of a dropout layer, they see as it was. Linux alone: elsewhere `auto` is 1, and any other
+        number raises `FewShotError`, as it does where the system allows no more processes.
+        """
+        if processes == "auto":
+            processes = usable_cores(torch.get_num_threads()).number if AVAILABLE else 1
+        if processes < 1:
+            raise FewShotError(f"processes is {processes}; expected auto, or at least 1")
+        if processes == 1 or self._processes is not None:
+            yield 1 if self._processes is None else self._processes.count
+            return
+        try:
+            shared = SideBySide(self, lambda: self.inner_loop, processes)
+        except OSError as error:
+            raise FewShotError(
+                f"processes is {processes}, but the system does not allow as many ({error}); use 1"
+            ) from error
+        with shared:
+            self._processes = shared
+            try:
+                yield processes
+            finally:
+                self._processes = None
+
     def _run(self, function: Run, batch: Batch, steps: int, loss: Objective | None) -> MetaOutput:
         if torch.is_inference_mode_enabled():  # the inner steps need gradients, which its tensors cannot have
             with torch.inference_mode(False), torch.no_grad():
@@ -243,11 +289,25 @@ class MetaLearner(nn.Module):
                 "class numbers of dtype int64"
             )
         try:
-            return function(inner_loop, batch, steps, self.execution_mode(batch))
+            mode = self.execution_mode(batch)
+            return self._side_by_side(function, inner_loop, batch, steps, mode) or function(
+                inner_loop, batch, steps, mode
+            )
         except (IndexError, RuntimeError, TypeError, ValueError):
             if inner_loop.loss is F.cross_entropy:
                 self._require_logits(batch)
             raise
+
+    def _side_by_side(
+        self, function: Run, inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMode
+    ) -> MetaOutput | None:
+        """The same by several processes, within `side_by_side` and where they can; a graph cannot be shared."""
+        processes, wants_graph = self._processes, function is engines.meta_loss and torch.is_grad_enabled()
+        if processes is None or wants_graph or inner_loop is not self.inner_loop or not processes.takes(batch):
+            return None
+        kind: Any = "gradients" if function is engines.meta_backward else "losses"
+        found = processes.run(kind, batch, steps, mode)
+        return found and engines.output(*found, batch)
 
     def _with_loss(self, loss: Objective | None) -> InnerLoop:
         """The inner loop with another loss; that of the last one asked for is kept, with what is compiled for it."""

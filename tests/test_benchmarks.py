@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # at the end: the package is the installed one
 
 from benchmarks import (  # noqa: E402
+    bfloat16,
     cost_curves,
     end_to_end,
     interleave,
@@ -29,6 +30,7 @@ from benchmarks import (  # noqa: E402
     roofline,
     rules,
     scaling,
+    serial_part,
     table,
     worker,
 )
@@ -281,12 +283,29 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_processes_are_timed_on_the_same_numbers(run: Callable[..., dict[str, Any]]) -> None:
     """Their losses are compared by the benchmark itself, which the last assertion shows to be of real iterations."""
     written = run(scaling)
-    (result,), (row,) = written["results"], written["efficiency"]
-    one, two = (result["contestants"][name] for name in ("1 process", "2 processes"))
-    assert len(one["seconds"]) == len(two["seconds"]) == 2
-    assert math.isclose(2 * row["efficiency"], row["speed-up"])
+    (result,) = written["results"]
+    one = result["contestants"]["1 process"]
     assert one["losses"][0] != one["losses"][1]
-    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-3
+    for row, several in zip(written["efficiency"], ("2 forks", "2 processes"), strict=True):
+        two = result["contestants"][several]
+        assert row["of"] == several
+        assert len(one["seconds"]) == len(two["seconds"]) == 2
+        assert math.isclose(2 * row["efficiency"], row["speed-up"])
+        assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-3
+
+
+def test_bfloat16(run: Callable[..., dict[str, Any]]) -> None:
+    (row,) = run(bfloat16)["bfloat16"]
+    assert math.isclose(row["times as fast"], row["float32"] / row["bfloat16"])
+    assert 0.5 < row["cosine"] < 1 - 1e-7
+
+
+def test_serial_part(run: Callable[..., dict[str, Any]]) -> None:
+    (row,) = run(serial_part)["serial_part_ms"]
+    assert row["serial"] > 0
+    assert row["a task"] > 0
+    assert math.isclose(row["1"], row["serial"] + 2 * row["a task"])
+    assert row["64"] == row["2"] < row["1"]
 
 
 def test_worker_measures_memory(toys: None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from conftest import make_images
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.models import build_model, cpu_kernels
-from fewshot_asam.models.cpu_kernels import build, input_block
+from fewshot_asam.models.cpu_kernels import block, build, input_block
 from fewshot_asam.models.norm import EPS
 from problems import RULES, made_learner, meta_gradient
 
@@ -162,15 +162,20 @@ def test_runs_are_repeated_bit_for_bit_and_threads_only_round() -> None:
         torch.set_num_threads(threads)
 
 
-def test_where_it_applies() -> None:
+def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 3, 8, 8)
     assert cpu_kernels.applies(x)
     assert not cpu_kernels.applies(x.half())
     assert not cpu_kernels.applies(x[..., :1])
     with cpu_kernels.disabled():
         assert not cpu_kernels.applies(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not cpu_kernels.applies(x)
+    for multiplies in (False, True):
+        monkeypatch.setattr(block, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cpu_kernels.applies(x) == multiplies
+            assert not cpu_kernels.applies(x.bfloat16())
+        with torch.autocast("cpu", torch.float16):
+            assert not cpu_kernels.applies(x)
     seen = []
     torch.func.vmap(lambda image: seen.append(cpu_kernels.applies(image)) or image)(x)
     assert seen == [False]
@@ -182,6 +187,35 @@ def test_what_does_not_fit_is_pytorchs_to_refuse() -> None:
         model(torch.zeros(2, 1, 16, 16))
     assert not cpu_kernels.applies(torch.zeros(2, 3, 8, 8), torch.zeros(3, dtype=torch.float64))
     assert not cpu_kernels.applies(torch.zeros(0, 3, 8, 8))
+
+
+def test_convolutions_in_bfloat16_and_all_else_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both orders of gradients against PyTorch's own of a convolution whose operands are rounded."""
+    monkeypatch.setattr(block, "multiplies_bfloat16", lambda: True)
+    values = [v.detach().float().requires_grad_() for v in inputs(8, 12, 12, 16)]
+
+    def rounded(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        y = F.conv2d(x.bfloat16(), weight.bfloat16(), padding=1).float()
+        return F.max_pool2d(F.relu(F.batch_norm(y, None, None, gamma, beta, training=True, eps=EPS)), 2)
+
+    expected, exact = derivatives(rounded, values, 2), derivatives(fused_block, values, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = derivatives(fused_block, values, 2)
+    assert all(mine.dtype == torch.float32 for mine in found)
+    assert max(map(off, found[:5], expected[:5])) < 1e-5
+    assert max(map(off, found[5:], expected[5:])) < 1e-2  # PyTorch rounds at other places
+    assert min(map(off, found[1:3], exact[1:3])) > 1e-2
+
+
+def test_a_network_in_bfloat16_is_close_and_its_logits_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "multiplies_bfloat16", lambda: True)
+    model, x = build_model("conv4", 5, (3, 32, 32), 16, seed=0), torch.rand(5, 3, 32, 32)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(x)
+    assert rough.dtype == torch.float32
+    assert 1e-4 < off(rough, exact) < 0.1
+    assert not torch.equal(rough, rough.bfloat16().float())  # the last layer is not rounded
 
 
 def test_inference_mode() -> None:

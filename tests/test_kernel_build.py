@@ -348,3 +348,38 @@ def test_two_processes_compile_at_once(compiler: Compiler, genuine: Path, own_ca
         assert out.rstrip().endswith("'')")
     assert len(list((own_cache / "fused").iterdir())) == 1
     assert build.find()[1] == ""
+
+
+def test_the_compiler_works_while_something_else_is_done(
+    compiler: Compiler, genuine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[object] = []
+    monkeypatch.setattr(build, "library", lambda: found.append(build.find()[0]))
+    go_on = tmp_path / "go on"
+    compiler.becomes(f'while [ ! -e {go_on} ]; do sleep 0.01; done; cp {genuine} "$out"')
+    with build.begun():
+        while not compiler.runs:
+            time.sleep(0.01)
+        assert found == []
+        go_on.touch()
+    assert len(found) == 1
+    assert found[0] is not None
+
+
+def test_what_interrupts_ends_the_compiler_too(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "library", build.find)
+    pid = tmp_path / "pid"
+    compiler.becomes(f"echo $$ > {pid}; sleep 60")
+
+    def interrupted() -> None:
+        with build.begun():
+            while not pid.exists() or not pid.read_text():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert compiler.runs == 1  # no other flags are tried
+    assert ended(int(pid.read_text()))

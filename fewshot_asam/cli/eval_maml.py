@@ -8,7 +8,9 @@ examples:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,17 +22,19 @@ with importing():
     from torch import Tensor
 
     from fewshot_asam.cli.parsing import Parser, add_settings, parse, run
-    from fewshot_asam.data import DATASETS
+    from fewshot_asam.data import DATASETS, ImageSet
     from fewshot_asam.errors import FewShotError
+    from fewshot_asam.learners import MetaLearner
     from fewshot_asam.runtime import distributed
     from fewshot_asam.runtime.allocator import keep_freed_memory
     from fewshot_asam.training.announcements import result_text
     from fewshot_asam.training.build import load_data, resolve_device, test_images
-    from fewshot_asam.training.checks import require_count, require_seed
+    from fewshot_asam.training.checks import Asked, require_count, require_processes, require_seed
     from fewshot_asam.training.config import TrainConfig, with_rule
-    from fewshot_asam.training.evaluation import interval, paired_difference
+    from fewshot_asam.training.evaluation import TASKS_AT_ONCE, interval, paired_difference
     from fewshot_asam.training.given import require_given
     from fewshot_asam.training.identity import data_digests, identify, require_same_everywhere, shared
+    from fewshot_asam.training.processes import Processes, choose, sharing
     from fewshot_asam.training.run_folder import stored_settings
     from fewshot_asam.training.trained import WeightsName, ensemble, evaluated, trained_learner
 
@@ -65,6 +69,8 @@ class EvalConfig:
     """folder that holds the files of test_dataset; data_root if not given"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one"""
+    processes: Asked = "auto"
+    """of one thread each that share the tasks on a CPU; auto goes by cores, memory and the length of the test"""
 
 
 SAME_TASKS = ("dataset", "ways", "shots", "queries", "label_noise", "test_dataset")
@@ -127,6 +133,29 @@ def _what(test: EvalConfig) -> str:
     return f"of {said} " if said else ""
 
 
+def _processes(learner: MetaLearner, config: TrainConfig, images: ImageSet, test: EvalConfig, tests: int) -> Processes:
+    """How many are to share the tasks of so many tests like that of `learner`; said beside the results, not in them."""
+    device, at_once = images.images.device, min(test.tasks, TASKS_AT_ONCE)
+    total = test.tasks * test.permutations * tests
+    few = 2 if config.validation == "other_task" else 1
+    chosen = choose(
+        test.processes, device, at_once, total, False, lambda: evaluated(learner, config, images, few, test.seed)
+    )
+    if distributed.size() == 1:
+        print(chosen.text, file=sys.stderr, flush=True)
+    return chosen
+
+
+def _accuracies(
+    members: Sequence[MetaLearner], config: TrainConfig, images: ImageSet, test: EvalConfig, processes: Processes
+) -> Tensor:
+    """Of a run's learner, or of its ensemble, whose members take turns with the cores."""
+    with ExitStack() as shared:
+        for member in members:
+            shared.enter_context(sharing(member, processes))
+        return evaluated(members, config, images, test.tasks, test.seed, permutations=test.permutations)
+
+
 def command(argv: Sequence[str]) -> None:
     """Parses the arguments, tests the runs one after another and prints a line for each and for each pair."""
     parser = Parser(prog="eval_maml", description=__doc__)
@@ -136,6 +165,7 @@ def command(argv: Sequence[str]) -> None:
     test = EvalConfig(**{one.name: given[one.name] for one in fields(EvalConfig)})
     require_count("tasks", test.tasks, 2)
     require_seed("seed", test.seed)
+    require_processes(test.processes)
     settings = {folder: _trained_and_tested(Path(folder), test) for folder in given.runs}
     require_different(given.runs)
     to_test = {folder: pair[1] for folder, pair in settings.items()}
@@ -156,11 +186,11 @@ def command(argv: Sequence[str]) -> None:
         for folder, (trained, tested) in settings.items()
     }
     images = distributed.one_a_machine_first(lambda: test_images(first_run, dataset))
+    first, tests = next(iter(learners)), sum(map(len, learners.values()))
+    processes = _processes(learners[first][0], to_test[first], images, test, tests)
     accuracies: dict[str, Tensor] = {}
     for folder, config in to_test.items():
-        accuracies[folder] = evaluated(
-            learners[folder], config, images, test.tasks, test.seed, permutations=test.permutations
-        )
+        accuracies[folder] = _accuracies(learners[folder], config, images, test, processes)
         distributed.print_rank0(f"{folder}: test accuracy {_line(accuracies[folder], _what(test), *settings[folder])}")
     for first, second in combinations(accuracies, 2):
         difference = paired_difference(accuracies[first], accuracies[second])

@@ -117,11 +117,14 @@ def add_settings(
 def _metavar(hint: Any, choices: Sequence[str]) -> dict[str, str]:
     """What stands for a value of this type in the help; nothing where jsonargparse's own is as good."""
     if choices:
-        return {
-            "metavar": f"{{{','.join(choices)}}}" + (" or TEXT" if str in get_args(hint) and _choices(hint) else "")
-        }
+        return {"metavar": f"{{{','.join(choices)}}}" + (_other(hint) if _choices(hint) else "")}
     names = [name for part in get_args(hint) or (hint,) for kind, name in METAVARS if part is kind][:1]
     return {"metavar": names[0]} if names else {}
+
+
+def _other(hint: Any) -> str:
+    """What a setting of this type may be beside the words that it has choices of."""
+    return "".join(f" or {name}" for kind, name in METAVARS if kind in get_args(hint))
 
 
 def _choices(hint: Any) -> list[str]:

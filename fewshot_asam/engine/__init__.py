@@ -27,8 +27,11 @@ __all__ = [
     "measured",
     "meta_backward",
     "meta_loss",
+    "output",
     "predict",
     "rates",
+    "task_gradients",
+    "task_losses",
 ]
 
 
@@ -48,12 +51,12 @@ def meta_loss(inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMo
 
     `loss` can be differentiated with respect to the model's parameters; under `torch.no_grad` no graph is built.
     """
-    found = list(run(inner_loop, batch, steps, mode))
-    if mode.batching == "vmap":
-        losses, logits = found[0]
-    else:
-        losses, logits = (torch.stack(column) for column in zip(*found, strict=True))
-    return MetaOutput(losses.mean(), logits, _accuracy(logits, batch.query[1]))
+    return output(*task_losses(inner_loop, batch, steps, mode), batch)
+
+
+def task_losses(inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMode) -> tuple[Tensor, Tensor]:
+    """Query losses `[T]` and logits `[T, n, N]`."""
+    return _joined(list(run(inner_loop, batch, steps, mode)), mode)
 
 
 def meta_backward(inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMode) -> MetaOutput:
@@ -61,23 +64,41 @@ def meta_backward(inner_loop: InnerLoop, batch: Batch, steps: int, mode: Executi
 
     **Returns:** the output without its graph; gradients are added to the parameters' `.grad`.
     """
+    return output(*task_gradients(inner_loop, batch, steps, mode, batch.num_tasks), batch)
+
+
+def task_gradients(
+    inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMode, num_tasks: int
+) -> tuple[Tensor, Tensor]:
+    """Query losses `[T]` and logits `[T, n, N]` of some of a meta-batch's `num_tasks` tasks.
+
+    Their part of the meta-gradient is added to the parameters' `.grad`.
+    """
     lr = inner_loop.lr
     if isinstance(lr, Tensor) and lr.requires_grad and not lr.is_leaf:  # computed once for all tasks: so is its graph
         own = lr.detach().requires_grad_()
-        output = meta_backward(replace(inner_loop, lr=own), batch, steps, mode)
+        found = task_gradients(replace(inner_loop, lr=own), batch, steps, mode, num_tasks)
         if own.grad is not None:
             lr.backward(own.grad)  # type: ignore[no-untyped-call]
-        return output
-    losses, logits = [], []
-    for loss, task_logits in run(inner_loop, batch, steps, mode):
-        (loss.sum() / batch.num_tasks).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        logits.append(task_logits.detach())
+        return found
+    results = []
+    for loss, logits in run(inner_loop, batch, steps, mode):
+        (loss.sum() / num_tasks).backward()  # type: ignore[no-untyped-call]
+        results.append((loss.detach(), logits.detach()))
+    return _joined(results, mode)
+
+
+def output(losses: Tensor, logits: Tensor, batch: Batch) -> MetaOutput:
+    """What is said of a batch whose tasks have these query losses and logits."""
+    return MetaOutput(losses.mean(), logits, _accuracy(logits, batch.query[1]))
+
+
+def _joined(results: list[tuple[Tensor, Tensor]], mode: ExecutionMode) -> tuple[Tensor, Tensor]:
+    """The results of all tasks as one, where they came one after another."""
     if mode.batching == "vmap":
-        loss, all_logits = losses[0], logits[0]
-    else:
-        loss, all_logits = torch.stack(losses), torch.stack(logits)
-    return MetaOutput(loss.mean(), all_logits, _accuracy(all_logits, batch.query[1]))
+        return results[0]
+    losses, logits = zip(*results, strict=True)
+    return torch.stack(losses), torch.stack(logits)
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ def precision(name: Precision, device: torch.device) -> Iterator[None]:
 
     - `float32`: as they are; PyTorch by itself would take TF32 for convolutions on a GPU.
     - `tf32`: with 10 bits of mantissa on a GPU that has it; nothing changes on a CPU.
-    - `bfloat16`: with 8 bits, by autocast; norms, the loss and all parameters stay float32.
+    - `bfloat16`: with 8 bits, by autocast; norms, the loss and all parameters stay float32. On a CPU that multiplies
+      bfloat16, fused blocks stay fused, and their convolutions alone are less precise.
     """
     require_one_of("precision", name, get_args(Precision))
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

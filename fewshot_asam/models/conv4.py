@@ -66,4 +66,5 @@ class Conv4(nn.Module):
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
         for block in self.blocks:
             x = block(x, support)
-        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+        with cpu_kernels.float32_after(x):
+            return self.head(x.flatten(1))  # type: ignore[no-any-return]

@@ -34,7 +34,7 @@ NOT_IN_PLANS = ("data_root", "test_data_root", "init_from", "output_dir", "devic
 NOT_IN_NAMES = (
     *("data_root", "output_dir", "device", "max_minutes", "checkpoint_every", "test_tasks", "congruence_tasks"),
     *("keep_snapshots", "test_dataset", "test_data_root", "init_from"),
-    *("engine", "torch_compile", "recompute", "cuda_graph"),
+    *("engine", "torch_compile", "recompute", "cuda_graph", "processes"),
 )
 """Settings that leave a run's weights as they are, up to rounding, so that its name does not depend on them."""
 ORIGINAL_DEFAULTS = {"init": "xavier", "head_init": "default"}

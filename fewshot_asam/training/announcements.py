@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 
 from fewshot_asam.engine import Choice
-from fewshot_asam.models import MODELS, Adapted
+from fewshot_asam.models import MODELS, Adapted, cpu_kernels, fuses
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.allocator import peak_memory
 from fewshot_asam.training.checkpoint import latest_state
@@ -35,10 +35,19 @@ def opening(state: TrainState, choice: Choice) -> Iterator[str]:
     if learner.zero_head and config.model not in MODELS:
         yield f"every task starts with zeros in {_layers(learner.inner_loop.zeroed)}"
     yield f"engine {choice.name}{_options(state)}: {choice.reason}"
+    if config.precision == "bfloat16" and state.device.type == "cpu" and fuses(learner.model):
+        yield f"precision bfloat16: {_bfloat16()}"
     if state.progress.iteration >= config.iterations:
         yield f"all {config.iterations} iterations are done; raise --iterations to go on"
     elif state.finished:
         yield f"all {config.max_minutes:g} minutes are spent; raise --max-minutes to go on"
+
+
+def _bfloat16() -> str:
+    """What it means on this CPU."""
+    if cpu_kernels.multiplies_bfloat16():
+        return "convolutions alone, in fused blocks; all else is float32"
+    return "this CPU has no instructions for it, so blocks run unfused and slower than in float32"
 
 
 def _wanted(adapt: Adapted) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from fewshot_asam.data.preparation import prepared
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
-from fewshot_asam.models import MODELS, Shape, build_model
+from fewshot_asam.models import MODELS, Shape, build_model, cpu_kernels
 from fewshot_asam.models.initialisation import HeadInit
 from fewshot_asam.rates import LearnedRates
 from fewshot_asam.runtime import distributed
@@ -44,10 +45,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_data(config: TrainConfig, device: torch.device, given: Dataset | None = None) -> Dataset:
-    """The run's dataset, resident on `device`; raises `FewShotError` where a split cannot give the run's tasks."""
+    """The run's dataset, resident on `device`; raises `FewShotError` where a split cannot give the run's tasks.
+
+    Fused blocks that are needed are compiled meanwhile.
+    """
     if given is None:
         require_given(config, "model", "learner")
-        dataset = load_dataset(config.dataset, config.data_root, device=device, **_options(config))
+        fused = device.type == "cpu" and config.model == "conv4"
+        with cpu_kernels.begun() if fused else nullcontext():
+            dataset = load_dataset(config.dataset, config.data_root, device=device, **_options(config))
     else:
         dataset = given.to(device)
     training_images(config, dataset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NoReturn, get_args
+from typing import Literal, NoReturn, get_args
 
 from fewshot_asam.data import DATASETS
 from fewshot_asam.errors import FewShotError
@@ -15,6 +15,9 @@ LARGEST_SIZE = 10_000
 """Pixels of a side, filters of a layer, inner steps or tasks of a meta-batch: more fit no memory."""
 LARGEST_RATE = 1e30
 """What fits a single-precision number with room to spare."""
+Asked = int | Literal["auto"]
+"""A number of processes, or the best one."""
+MOST_PROCESSES = 1024
 UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and bytes of a path that are no UTF-8."""
 
@@ -24,6 +27,12 @@ def require_count(name: str, value: int, least: int = 1) -> None:
     if not least <= value <= LARGEST_COUNT:
         why = ", for an interval" if least == 2 else ""
         raise FewShotError(f"{name} is {value}; expected at least {least}{why} and at most {LARGEST_COUNT:,}")
+
+
+def require_processes(asked: Asked) -> None:
+    """Raises `FewShotError` for what is no number of processes."""
+    if asked != "auto" and not 1 <= asked <= MOST_PROCESSES:
+        raise FewShotError(f"processes is {asked}; expected auto, or 1 to {MOST_PROCESSES:,}")
 
 
 def require_seed(name: str, value: int) -> None:

@@ -162,6 +162,8 @@ class TrainConfig:
     """of the initial weights and the training tasks"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one"""
+    processes: checks.Asked = "auto"
+    """of one thread each that share the tasks on a CPU; auto goes by cores, tasks, memory and the length of the run"""
     engine: EngineName = "auto"
     """tasks one by one (loop) or vectorised (vmap); auto goes by device and model, and times both on a CPU"""
     torch_compile: bool = False
@@ -238,6 +240,7 @@ class TrainConfig:
                     )
         for name in ("seed", "split_seed"):
             checks.require_seed(name, getattr(self, name))
+        checks.require_processes(self.processes)
         self.rule  # noqa: B018  its own checks
 
     @property

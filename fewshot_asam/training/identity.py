@@ -18,7 +18,7 @@ from fewshot_asam.training.config import PLACES, Part, TrainConfig, located, pla
 from fewshot_asam.training.given import require_given
 
 FREE_TO_CHANGE = (
-    *("iterations", "max_minutes", "checkpoint_every", "keep_snapshots"),
+    *("iterations", "max_minutes", "checkpoint_every", "keep_snapshots", "processes"),
     *("data_root", "test_data_root", "init_from", "output_dir"),
 )
 """Settings with which a run may be resumed although they differ."""

@@ -28,7 +28,8 @@ from fewshot_asam.training.given import Factory, Given, layout, recorded
 from fewshot_asam.training.identity import data_digests, require_same_everywhere, shared
 from fewshot_asam.training.initial_weights import with_digest
 from fewshot_asam.training.metrics import MetricsLog
-from fewshot_asam.training.rehearsal import choose_engine, compile_engine
+from fewshot_asam.training.processes import sharing
+from fewshot_asam.training.rehearsal import choose_engine, choose_processes, compile_engine
 from fewshot_asam.training.state import TrainState, build
 from fewshot_asam.training.trained import evaluation_sampler
 from fewshot_asam.version import __version__
@@ -92,12 +93,21 @@ def _run(state: TrainState, resume: bool, given: Stop | None) -> dict[str, Any]:
     """Trains and tests in the run's folder, which is open."""
     if resume:
         state.restore()
+    processes = distributed.all_succeed(lambda: choose_processes(state))
+    with sharing(state.learner, processes) as state.processes:
+        return _go(state, given)
+
+
+def _go(state: TrainState, given: Stop | None) -> dict[str, Any]:
+    """What remains of `_run` once it is known which processes share the tasks."""
     choice = distributed.broadcast(choose_engine(state))  # before anything is written, as it may be refused
     distributed.all_succeed(lambda: run_folder.begin(state.folder, state.config))
     state.rewrite()
     state.learner.engine = state.progress.engine = choice.name
     for line in announcements.opening(state, choice):
         distributed.print_rank0(line)
+    if distributed.size() == 1:
+        print(state.processes.text, flush=True)
     if state.learner.torch_compile and not state.finished:
         started = time.monotonic()
         distributed.print_rank0("compiling, a minute or two the first time ...", end="")
@@ -240,7 +250,7 @@ def _test(state: TrainState, stop: Stop) -> dict[str, Any]:
         "engine": progress.engine,
         "val_accuracy": progress.best_accuracy,
         "device": announcements.device_name(state.device),
-        "processes": distributed.size(),
+        "processes": distributed.size() * state.processes.number,
         "wall_seconds": round(progress.seconds, 1),
         "package_version": __version__,
     }

@@ -1,4 +1,4 @@
-"""What is tried before a run begins: which engine is faster, and an iteration that compiles."""
+"""What is tried before a run begins: a task, which engine is faster, and an iteration that compiles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ from fewshot_asam import engine
 from fewshot_asam.engine import Batch
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.runtime import distributed
+from fewshot_asam.training.processes import Processes, choose
 from fewshot_asam.training.state import TrainState
+
+
+def choose_processes(state: TrainState) -> Processes:
+    """How many processes are to share the tasks of what is left of the run."""
+    config, learner = state.config, state.learner
+    total = (config.iterations - state.progress.iteration) * config.meta_batch_size
+
+    def task() -> None:
+        _iterate(state, _batch(state, 2).part(slice(1)))  # of two, as a validation set may be of another task
+
+    return choose(config.processes, state.device, config.meta_batch_size, total, learner.torch_compile, task)
 
 
 def choose_engine(state: TrainState) -> engine.Choice:
@@ -48,8 +60,13 @@ def _iterate(state: TrainState, batch: Batch) -> None:
 
 
 def _share_of_a_batch(state: TrainState) -> Batch:
-    """A meta-batch to try things on, as large as this process's share, which leaves the run's own stream of tasks."""
+    """A meta-batch to try things on, as large as this process's share."""
+    size = state.config.meta_batch_size
+    return _batch(state, size).part(distributed.share(size))
+
+
+def _batch(state: TrainState, num_tasks: int) -> Batch:
+    """Tasks like those of the run, but not of its own stream of them."""
     config = state.config
     sampler = EpisodeSampler(state.dataset.train, config.ways, config.shots, config.queries)
-    batch = state.learner.batch(sampler.sample(config.meta_batch_size), sampler.augmentation)
-    return batch.part(distributed.share(config.meta_batch_size))
+    return state.learner.batch(sampler.sample(num_tasks), sampler.augmentation)

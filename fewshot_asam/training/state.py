@@ -34,6 +34,7 @@ from fewshot_asam.training.foreign_model import require_logits
 from fewshot_asam.training.given import Given
 from fewshot_asam.training.identity import Identity, identify, require_same
 from fewshot_asam.training.initial_weights import begin_from
+from fewshot_asam.training.processes import Processes
 from fewshot_asam.training.progress import Progress
 from fewshot_asam.training.schedules import step_weights
 from fewshot_asam.training.stored_tensors import Holders
@@ -57,6 +58,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     iterate: meta_step.Iteration
     folder: Path = Path()
+    processes: Processes = field(default_factory=lambda: Processes(1, "not chosen yet"))
+    """those that share the tasks"""
     progress: Progress = field(default_factory=Progress)
     best: Weights = field(default_factory=dict)
     unlogged: Tensor = field(default_factory=lambda: torch.empty(0, 3, device="cpu"))

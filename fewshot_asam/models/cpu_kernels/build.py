@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ library.first_moments_1_double(shape, padded, found)
 """Run in a process of its own: a broken library, or one for another processor, ends the process that loads it."""
 
 _one_at_a_time = threading.Lock()
+_running: list[subprocess.Popen[bytes]] = []
+_given_up = threading.Event()
+
+
+class _GivenUp(Exception):
+    """Nobody waits for the compiler any more."""
 
 
 @cache
@@ -52,6 +59,28 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, with a warning, where they cannot be built or loaded."""
     with _one_at_a_time:
         return _library()
+
+
+@contextmanager
+def begun() -> Iterator[None]:
+    """Compiles, if that has to be done, while the `with` block does something else, and has ended when that ends."""
+
+    def work() -> None:
+        with suppress(Exception):  # a warning that is an error is met again where the functions are needed
+            library()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+        thread.join()
+    except BaseException:
+        _given_up.set()
+        for process in list(_running):
+            _end(process)
+        thread.join(1)
+        _given_up.clear()
+        raise
 
 
 @cache
@@ -143,6 +172,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
+    _running.append(process)
     printed = bytearray()
     reader = threading.Thread(target=_read, args=(process.stdout, printed), daemon=True)
     reader.start()
@@ -151,11 +181,18 @@ def _run(command: list[str]) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]} did not end within {SECONDS} seconds") from None
     finally:
-        with suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _end(process)
         process.wait()
+        _running.remove(process)
         reader.join(1)  # what left the group could keep the pipe open
+    if _given_up.is_set():
+        raise _GivenUp
     return status, printed.decode(errors="replace")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(stream: Any, start: bytearray) -> None:
