@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +59,7 @@ def compiled(name: str, architecture: int, channels_last: bool = False, side: in
     source = ASTSource(fn=kernel, signature=kinds, constexprs={(kernel.arg_names.index(k),): v for k, v in given.items()})
     target = GPUTarget("cuda", architecture, 32)
     binary = triton.compile(source, target=target, options=OPTIONS)
-    said = assembled(binary.asm["ptx"])
+    said = assembled(binary.asm["ptx"], architecture)
     spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = re.search(r"Used (\d+) registers", said)
     assert registers is not None, said
@@ -67,30 +69,29 @@ def compiled(name: str, architecture: int, channels_last: bool = False, side: in
     return Resources(name, architecture, int(registers[1]), stack, stores + loads, shared, size)
 
 
-def assembled(ptx: str) -> str:
-    """What `ptxas -v` of the Triton package says of a program."""
-    import triton
+def assembled(ptx: str, architecture: int) -> str:
+    """What Triton's own assembler says of a program."""
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "kernel.ptx")
         program.write_text(ptx)
-        command = [str(assembler), "-v", f"--gpu-name={target[1]}", str(program), "-o", f"{folder}/out"]
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target[1]}", str(program), "-o", f"{folder}/out"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def table() -> list[Resources]:
-    """All kernels, for both architectures and memory formats."""
+def table(architectures: Sequence[int] = ARCHITECTURES) -> list[Resources]:
+    """All kernels in both memory formats."""
     return [
         compiled(name, architecture, channels_last)
-        for architecture in ARCHITECTURES
+        for architecture in architectures
         for channels_last in (False, True)
         for name in KERNELS
     ]
 
 
 if __name__ == "__main__":
-    for row in table():
+    for row in table([int(word) for word in sys.argv[1:]] or ARCHITECTURES):
         print(*(f"{key} {value}" for key, value in row._asdict().items()), sep=", ")
