@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-
 TENSORS = {
     **dict.fromkeys(("y", "gamma", "beta", "best", "out", "g", "h", "gy", "gg", "ggamma", "hgamma", "hbeta"), "*fp32"),
     **dict.fromkeys(("partial", "statistics", "sums"), "*fp32"),
@@ -56,7 +55,9 @@ def compiled(name: str, architecture: int, channels_last: bool = False, side: in
     }
     given = {key: value for key, value in constants.items() if key in kernel.arg_names}
     kinds = {key: "constexpr" if key in given else TENSORS.get(key, "i32") for key in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs={(kernel.arg_names.index(k),): v for k, v in given.items()})
+    source = ASTSource(
+        fn=kernel, signature=kinds, constexprs={(kernel.arg_names.index(k),): v for k, v in given.items()}
+    )
     target = GPUTarget("cuda", architecture, 32)
     binary = triton.compile(source, target=target, options=OPTIONS)
     said = assembled(binary.asm["ptx"], architecture)

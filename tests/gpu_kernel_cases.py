@@ -71,7 +71,9 @@ def derivatives(function: Any, values: list[Tensor], order: int) -> list[Tensor]
     found: list[Tensor] = [function(*values)]
     latest = found
     for level in range(order):
-        projection = sum((v * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v)).sum() for v in latest)
+        projection = sum(
+            (v * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v)).sum() for v in latest
+        )
         more = level + 1 < order
         latest = list(
             torch.autograd.grad(projection, values, allow_unused=True, create_graph=more, materialize_grads=True)
@@ -114,7 +116,9 @@ def test_the_plan_covers_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
             y = torch.empty(shape, device="meta").contiguous(memory_format=memory_format)
             plan = norm_relu_pool.plan(y)
             windows = shape[0] * ((shape[2] + 1) // 2) * ((shape[3] + 1) // 2)
-            assert (plan.programs - 1) * plan.tiles * plan.block_w < windows <= plan.programs * plan.tiles * plan.block_w
+            assert (
+                (plan.programs - 1) * plan.tiles * plan.block_w < windows <= plan.programs * plan.tiles * plan.block_w
+            )
             assert (plan.channel_tiles - 1) * plan.block_c < shape[1] <= plan.channel_tiles * plan.block_c
             assert plan.channel_tiles * plan.programs <= max(norm_relu_pool.PROGRAMS, plan.channel_tiles)
 

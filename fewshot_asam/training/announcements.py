@@ -32,7 +32,7 @@ def opening(state: TrainState, choice: Choice) -> Iterator[str]:
         yield f"adapt {_wanted(learner.adapt)}: the inner loop changes {_layers(learner.adapted)}"
     if learner.zero_head and config.model not in MODELS:
         yield f"every task starts with zeros in {_layers(learner.inner_loop.zeroed)}"
-    yield f"engine {choice.name}{_options(state)}: {choice.reason}"
+    yield f"engine {state.progress.engine}{_options(state)}: {choice.reason}"
     if state.progress.iteration >= config.iterations:
         yield f"all {config.iterations} iterations are done; raise --iterations to go on"
     elif state.finished:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from fewshot_asam import engine
+from fewshot_asam.engine.candidates import parsed
 from fewshot_asam.episodes import Episodes, EpisodeSampler
 from fewshot_asam.runtime import distributed
+from fewshot_asam.training.gpu_rehearsal import fastest_on_gpu
 from fewshot_asam.training.state import TrainState
 
 
 def choose_engine(state: TrainState) -> engine.Choice:
-    """The engine by rule, or by the clock on a CPU where both can run; a resumed run keeps its own.
+    """The engine by rule, or by the clock where several can run; a resumed run keeps its own.
 
     A model that cannot be vectorised, which is tried here, runs task by task.
     """
@@ -17,9 +19,9 @@ def choose_engine(state: TrainState) -> engine.Choice:
     choice = engine.choose(learner.engine, learner.model, state.device, state.dataset.train.shape[-1])
     if learner.engine != "auto":
         return choice
-    timed = state.device.type == "cpu" and not learner.torch_compile
-    if timed and state.progress.engine:
-        return engine.Choice("vmap" if state.progress.engine == "vmap" else "loop", "as before")
+    timed = state.device.type in ("cpu", "cuda") and not learner.torch_compile
+    if timed and (before := parsed(state.progress.engine)):
+        return engine.Choice(before.batching, "as before", before.kernels)
     sampler, episodes = _share_of_a_batch(state)
     if (
         choice.name == "vmap"
@@ -28,6 +30,9 @@ def choose_engine(state: TrainState) -> engine.Choice:
         return engine.Choice("loop", "the model cannot be vectorised")
     if not timed:
         return choice
+    if state.device.type == "cuda":
+        found = fastest_on_gpu(state, learner.batch(episodes, sampler.augmentation))
+        return engine.Choice(found.candidate.batching, found.reason, found.candidate.kernels)
 
     def iterate(name: engine.Batching) -> None:
         learner.engine = name

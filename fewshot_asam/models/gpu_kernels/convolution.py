@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 def convolve(x: Tensor, w: Tensor, how: Convolution) -> Tensor:
     """`conv2d(x, w, padding=1)`; under `vmap` over tasks their convolutions are run together, as `how` says."""
-    return _Contraction.apply(Problem("y", 1), how, x, w)  # type: ignore[no-any-return, no-untyped-call]
+    return _Contraction.apply(Problem("y", 1), how, x, w)  # type: ignore[no-any-return]
 
 
 class _Contraction(Function):
@@ -68,7 +68,7 @@ class _Contraction(Function):
         for role, wanted in zip(problem.given, ctx.needs_input_grad[2:], strict=True):
             asked = problem._replace(missing=role)
             given = (values[other] for other in asked.given)
-            found.append(_Contraction.apply(asked, ctx.how, *given) if wanted else None)  # type: ignore[no-untyped-call]
+            found.append(_Contraction.apply(asked, ctx.how, *given) if wanted else None)
         return None, None, *found
 
     @staticmethod
@@ -79,7 +79,7 @@ class _Contraction(Function):
             for value, dim, role in zip(values, in_dims[2:], problem.given, strict=True)
         )
         at = _channels(problem.missing)
-        return _Contraction.apply(asked, how, *sides).unflatten(at, (tasks, -1)), at  # type: ignore[no-untyped-call]
+        return _Contraction.apply(asked, how, *sides).unflatten(at, (tasks, -1)), at
 
 
 def _channels(role: Role) -> int:
@@ -101,10 +101,10 @@ def _grouped(problem: Problem, first: Tensor, second: Tensor) -> Tensor:
     if problem.missing == "w":
         x, y = first, second
         shape = (y.shape[1], x.shape[1] // groups, 3, 3)
-        return conv2d_weight(x, shape, y, padding=1, groups=groups)  # type: ignore[no-any-return, no-untyped-call]
+        return conv2d_weight(x, shape, y, padding=1, groups=groups)  # type: ignore[no-any-return]
     w, y = first, second
     images = (len(y), w.shape[1] * groups, *y.shape[2:])
-    return conv2d_input(images, w, y, padding=1, groups=groups)  # type: ignore[no-any-return, no-untyped-call]
+    return conv2d_input(images, w, y, padding=1, groups=groups)  # type: ignore[no-any-return]
 
 
 def _grouped_channels_last(problem: Problem, first: Tensor, second: Tensor) -> Tensor:
@@ -134,10 +134,10 @@ def _unfolded(problem: Problem, first: Tensor, second: Tensor) -> Tensor:
     if "y" in values:
         matrices["y"] = values["y"].reshape(len(values["y"]), groups, -1, shape[2] * shape[3])
     if problem.missing == "y":
-        return (matrices["w"] @ matrices["x"]).flatten(1, 2).unflatten(2, shape[2:])
+        return (matrices["w"] @ matrices["x"]).flatten(1, 2).unflatten(2, shape[2:])  # type: ignore[no-any-return]
     if problem.missing == "w":
         products = (matrices["y"] @ matrices["x"].transpose(2, 3)).sum(0)  # [G, D, 9*C]
-        return products.flatten(0, 1).unflatten(1, (-1, 3, 3))
+        return products.flatten(0, 1).unflatten(1, (-1, 3, 3))  # type: ignore[no-any-return]
     patches = matrices["w"].transpose(1, 2) @ matrices["y"]
     return F.fold(patches.flatten(1, 2), shape[2:], 3, padding=1)
 
@@ -170,7 +170,7 @@ def fastest(problem: Problem, first: Tensor, second: Tensor, clock: Callable[...
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return "grouped"
         taken = {way: _tried(clock or seconds, run, problem, first, second) for way, run in WAYS.items()}
-        _known[key] = min(taken, key=taken.__getitem__)  # type: ignore[assignment, arg-type]
+        _known[key] = min(taken, key=taken.__getitem__)  # type: ignore[arg-type]
     return _known[key]
 
 

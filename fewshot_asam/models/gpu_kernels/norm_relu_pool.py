@@ -36,7 +36,7 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor
 
     **Returns:** `[n, C, H // 2, W // 2]`, of the type and the memory format of `y`.
     """
-    return _Tail.apply(y, gamma, beta, eps)[0]  # type: ignore[no-any-return, no-untyped-call]
+    return _Tail.apply(y, gamma, beta, eps)[0]  # type: ignore[no-any-return]
 
 
 class Plan(NamedTuple):
@@ -96,7 +96,7 @@ class _Pass:
         self.constants = {
             **{"H": height, "W": width, "PROGRAMS": self.plan.programs},
             **{"BLOCK_C": self.plan.block_c, "BLOCK_W": self.plan.block_w},
-            "real": kernels.tl.float64 if self.real == torch.float64 else kernels.tl.float32,
+            "real": kernels.double if self.real == torch.float64 else kernels.single,
         }
         self.padded = _power_of_two(self.plan.programs)
 
@@ -135,7 +135,7 @@ class _Tail(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *others: Any) -> Any:
-        return *_TailBackward.apply(g, *ctx.saved_tensors, ctx.eps)[:3], None  # type: ignore[no-untyped-call]
+        return *_TailBackward.apply(g, *ctx.saved_tensors, ctx.eps)[:3], None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:

@@ -1,6 +1,6 @@
 """What follows a convolution in a block, for all tasks at once: the kernels, two for each direction.
 
-The formulas are those of `cpu_kernels/norm_relu_pool.cpp`. Images are `[n, C, H, W]`, contiguous or channels-last, where
+The formulas are those of `cpu_kernels/norm_relu_pool.cpp`. Images are `[n, C, H, W]`, contiguous or channels-last;
 `C` counts the channels of all tasks. A program has a tile of `BLOCK_C` channels and, one after another, tiles of
 `BLOCK_W` windows of 2x2 places; an odd last row or column has windows of which some places are missing. Each direction
 is a pass that leaves partial sums, `[sums, programs, C]`, and one that adds these up in a fixed order and writes.
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 INACTIVE = tl.constexpr(4)
+single, double = tl.float32, tl.float64
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def choose(
     H: tl.constexpr, W: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     real: tl.constexpr,
 ):  # fmt: skip
-    """The place that pooling takes in each window, and of each program's part the count, mean and squared deviations."""
+    """The place that pooling takes in each window; of each program's part count, mean and squared deviations."""
     c, in_c = _channels(C, BLOCK_C)
     sign = tl.where(tl.load(gamma + c, mask=in_c, other=1) < 0, -1.0, 1.0).to(real)[:, None]
     count = tl.zeros([BLOCK_C], real)
@@ -128,7 +129,7 @@ def normalise(
     scale = (tl.load(gamma + c, mask=in_c, other=0).to(real) * rstd)[:, None]
     bias = tl.load(beta + c, mask=in_c, other=0).to(real)[:, None]
     for t in range(tiles):
-        image, row, col, there, right, below, full = _windows(tl.program_id(1) * tiles + t, n, H, W, BLOCK_W)
+        image, row, col, _there, _right, _below, full = _windows(tl.program_id(1) * tiles + t, n, H, W, BLOCK_W)
         to = (image * pn + row * ph + col * pw)[None, :] + (c * pc)[:, None]
         kept = in_c[:, None] & full[None, :]
         value = (tl.load(best + to, mask=kept, other=0).to(real) - mean[:, None]) * scale + bias
@@ -148,7 +149,7 @@ def gather(
     first = tl.zeros([BLOCK_C], real)
     second = tl.zeros([BLOCK_C], real)
     for t in range(tiles):
-        image, row, col, there, right, below, full = _windows(tl.program_id(1) * tiles + t, n, H, W, BLOCK_W)
+        image, row, col, _there, _right, _below, full = _windows(tl.program_id(1) * tiles + t, n, H, W, BLOCK_W)
         to = (image * pn + row * ph + col * pw)[None, :] + (c * pc)[:, None]
         kept = in_c[:, None] & full[None, :]
         active = kept & (tl.load(place + to, mask=kept, other=4) != INACTIVE)

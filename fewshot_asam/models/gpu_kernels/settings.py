@@ -28,7 +28,7 @@ class Kernels:
 
     @property
     def text(self) -> str:
-        """In a word or several, as in `parse`."""
+        """In a word or several."""
         words = [self.convolution, *["triton"] * self.triton, *["cudnn_benchmark"] * self.cudnn_benchmark]
         return " ".join(words)
 
@@ -44,8 +44,9 @@ def current() -> Kernels:
 def use(kernels: Kernels) -> None:
     """From now on, in all threads: a backward pass on a GPU runs in a thread of its own."""
     global _current
+    if kernels != _current:
+        torch.backends.cudnn.benchmark = kernels.cudnn_benchmark
     _current = kernels
-    torch.backends.cudnn.benchmark = kernels.cudnn_benchmark
 
 
 @contextmanager
