@@ -11,6 +11,7 @@ from torch import Tensor
 from fewshot_asam.engine import Batch
 from fewshot_asam.engine.candidates import Candidate, Fastest, Trial, candidates, fastest
 from fewshot_asam.engine.cuda_graph import WARM_UP, CudaGraphed, CudaGraphs, Recorder
+from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import gpu_kernels
 from fewshot_asam.training.meta_step import trained
 from fewshot_asam.training.state import TrainState
@@ -43,7 +44,7 @@ def fastest_on_gpu(
         state.learner.engine = candidate.batching
         try:
             with gpu_kernels.using(candidate.kernels):
-                return _timed(state, batch, clock, recorder)
+                return timed(state.learner, batch, state.config.inner_steps, clock, recorder)
         finally:
             state.learner.engine = engine
             state.learner.zero_grad()
@@ -53,13 +54,15 @@ def fastest_on_gpu(
     return fastest(candidates(state.learner.model), run)
 
 
-def _timed(state: TrainState, batch: Batch, clock: Clock, recorder: Recorder | None) -> Trial:
-    """The least time of a few iterations, after those that choose and compile kernels."""
-    parameters = trained(state.learner)
+def timed(
+    learner: MetaLearner, batch: Batch, steps: int, clock: Clock = device_clock, recorder: Recorder | None = None
+) -> Trial:
+    """The least time of a few meta-gradients, after those that choose and compile kernels; recorded if wanted."""
+    parameters = trained(learner)
 
     def gradient(batch: Batch) -> Tensor:
-        state.learner.zero_grad()
-        state.learner.batch_backward(batch, state.config.inner_steps)
+        learner.zero_grad()
+        learner.batch_backward(batch, steps)
         return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
     iterate = CudaGraphed(gradient, recorder) if recorder else gradient
