@@ -25,7 +25,7 @@ from benchmarks.presets import PRESETS, Preset, episodes
 from benchmarks.roofline import convolutions
 from benchmarks.table import environment
 from fewshot_asam.data.images import ImageSet
-from fewshot_asam.engine.candidates import Candidate, Trial, alike, candidates
+from fewshot_asam.engine.candidates import Candidate, alike, candidates
 from fewshot_asam.engine.cuda_graph import CudaGraphs
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import EpisodeSampler
@@ -78,10 +78,8 @@ def product_rate(name: Any, device: str, smoke: bool) -> float:
 
 def kernels(_: str, device: str, smoke: bool, save: Save) -> Found:
     """The Triton block's tail against the same in PyTorch, at the shapes of Mini-ImageNet, with its bandwidth."""
-    if not gpu_kernels.available():
-        return {"reason": "Triton is not installed"}
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return {"reason": "Triton's kernels run on a GPU, or interpreted (TRITON_INTERPRET=1)"}
+    if not gpu_kernels.runs_on(torch.device(device)):
+        return {"reason": "needs Triton, and a GPU or TRITON_INTERPRET=1"}
     copy = ceilings("", device, smoke, save)["copy_bytes_per_s"]
     found: Found = {"tables": {"the tail after a convolution": []}}
     shapes = [(2, 4, 6, 6)] if smoke else [(n, 128, side, side) for n in (5, 75) for side in (84, 42, 21, 10)]
@@ -128,7 +126,7 @@ def tests(_: str, device: str, smoke: bool, save: Save) -> Found:
         return {"reason": "pytest is not installed"}
     interpreted = device == "cpu"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu_kernel_cases.py"]
-    command += ["tests/test_gpu.py", "-rfE", "--tb=short", *["-k", "ties or plan or gpu"] * smoke]
+    command += ["tests/test_gpu.py", "-rfE", "--tb=short", *["-k", "ties or plan or training_on"] * smoke]
     variables = {**os.environ, "TRITON_INTERPRET": str(int(interpreted))}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -151,7 +149,8 @@ def preset(name: str, device: str, smoke: bool, save: Save) -> Found:
     expected: Tensor | None = None
     best = (float("inf"), Candidate("vmap"))
     recorded = device == "cuda"
-    for candidate in candidates(_learner(wanted, device, "maml").model):
+    given = candidates(_learner(wanted, device, "maml").model, torch.device(device))
+    for candidate in given[:4] if smoke else given:
         row: Found = {"way": candidate.text}
         try:
             trial, memory = _trial(candidate, wanted, batch, recorded)
@@ -259,10 +258,10 @@ def iterations(_: str, device: str, smoke: bool, save: Save) -> Found:
     """Whole iterations of Mini-ImageNet's protocol as `train_maml` has them: tasks drawn on the device, Adam's step."""
     wanted = PRESETS["smoke" if smoke else "mini_5w1s"]
     rows: list[Found] = []
-    found: Found = {"tables": {f"{ITERATIONS:,} iterations of Mini-ImageNet 5-way 1-shot": rows}}
+    found: Found = {"tables": {f"{ITERATIONS:,} iterations of {wanted.text}": rows}}
     random = torch.randint(0, 256, (64 * 20, *wanted.image_shape), dtype=torch.uint8)
     images = ImageSet(random, torch.full((64,), 20), tuple(f"class{i:02d}" for i in range(64))).to(device)
-    given, batch = candidates(_learner(wanted, device, "maml").model), episodes(wanted, device)
+    given, batch = candidates(_learner(wanted, device, "maml").model, torch.device(device)), episodes(wanted, device)
     for name in PRECISIONS:
         with precision(name, torch.device(device)):
             tried = [(_caught(one, wanted, batch), one) for one in (given[:2] if smoke else given)]

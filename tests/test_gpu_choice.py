@@ -26,11 +26,11 @@ CHOSEN = Candidate("vmap", Kernels("unfold", triton=True, cudnn_benchmark=True))
 
 @pytest.fixture
 def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_kernels, "available", lambda: True)
+    monkeypatch.setattr(gpu_kernels, "runs_on", lambda device: True)
 
 
 def conv4_candidates() -> list[Candidate]:
-    return candidates(build_model("conv4", 3, SHAPE, 4, seed=0))
+    return candidates(build_model("conv4", 3, SHAPE, 4, seed=0), torch.device("cuda"))
 
 
 @pytest.mark.usefixtures("_triton")
@@ -50,9 +50,9 @@ def test_the_candidates_are_those_that_the_model_and_the_machine_have(monkeypatc
     ways = {one.kernels.convolution for one in conv4_candidates() if one.batching == "vmap"}
     assert ways == {"grouped", "channels_last", "unfold", "fastest"}
     assert sum(one.kernels.triton for one in conv4_candidates()) == 5
-    monkeypatch.setattr(gpu_kernels, "available", lambda: False)
+    monkeypatch.setattr(gpu_kernels, "runs_on", lambda device: False)
     assert not any(one.kernels.triton for one in conv4_candidates())
-    assert candidates(smooth_net()) == [Candidate("vmap"), Candidate("loop")]
+    assert candidates(smooth_net(), torch.device("cuda")) == [Candidate("vmap"), Candidate("loop")]
 
 
 def test_the_clock_decides_and_says_what_it_saw() -> None:
@@ -111,11 +111,12 @@ def test_every_candidate_is_run_as_it_is_called(recorder: Any, monkeypatch: pyte
         now[0] += 1 if here == Candidate("vmap", Kernels("unfold")) else 2
         return now[0]
 
-    monkeypatch.setattr(gpu_kernels, "available", lambda: False)
     batch = state.learner.batch(state.train_tasks.sample(2))
     found = gpu_rehearsal.fastest_on_gpu(state, batch, clock, recorder)
     assert found.candidate == Candidate("vmap", Kernels("unfold"))
-    assert set(seen) == {*conv4_candidates(), found.candidate._replace(kernels=Kernels("unfold", cudnn_benchmark=True))}
+    given = candidates(state.learner.model, torch.device("cpu"))
+    assert not any(one.kernels.triton for one in given)
+    assert set(seen) == {*given, found.candidate._replace(kernels=Kernels("unfold", cudnn_benchmark=True))}
     assert state.learner.engine == "auto"
     assert gpu_kernels.current() == Kernels()
     assert all(parameter.grad is None for parameter in state.learner.parameters())

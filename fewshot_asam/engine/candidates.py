@@ -52,12 +52,12 @@ def parsed(text: str) -> Candidate | None:
     return found if batching in get_args(Batching) and found.text == text else None
 
 
-def candidates(model: nn.Module) -> list[Candidate]:
-    """The usual way first; those with kernels for blocks where the model has blocks and Triton is there."""
+def candidates(model: nn.Module, device: torch.device) -> list[Candidate]:
+    """The usual way first; kernels for blocks where the model has some, and Triton's where they run."""
     found = [Candidate("vmap"), Candidate("loop")]
     if not any(isinstance(layer, ConvBlock) for layer in model.modules()):
         return found
-    fused = [True] if gpu_kernels.available() else []
+    fused = [True] if gpu_kernels.runs_on(device) else []
     ways: tuple[Convolution, ...] = ("grouped", "channels_last", "unfold", "fastest")
     found += [Candidate("vmap", Kernels(way, triton)) for triton in (False, *fused) for way in ways][1:]
     return [*found, *(Candidate("loop", Kernels(triton=triton)) for triton in fused)]

@@ -51,7 +51,7 @@ def fastest_on_gpu(
             if state.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    return fastest(candidates(state.learner.model), run)
+    return fastest(candidates(state.learner.model, state.device), run)
 
 
 def timed(

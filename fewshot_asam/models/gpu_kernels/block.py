@@ -32,6 +32,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton's kernels run on tensors of that device."""
+    return available() and (device.type == "cuda" or (device.type == "cpu" and interpreted()))
+
+
 def applies(x: Tensor, *parameters: Tensor) -> bool:
     """Whether `conv_block` can take images `x` and `parameters`, inside `vmap` and `grad` or outside."""
     return (
