@@ -16,7 +16,9 @@ from torch import Tensor
 
 from conftest import make_images
 from fewshot_asam.engine import ExecutionMode, meta_backward
+from fewshot_asam.engine.precision import precision
 from fewshot_asam.episodes import Episodes, EpisodeSampler
+from fewshot_asam.errors import FewShotError
 from fewshot_asam.models import build_model, cpu_kernels, gpu_kernels
 from fewshot_asam.models.gpu_kernels import Kernels, convolution, norm_relu_pool
 from fewshot_asam.models.norm import EPS
@@ -104,7 +106,7 @@ def test_third_derivatives_are_pytorchs() -> None:
 
 def test_many_programs_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     values = inputs(2, 5, 4, 3)  # 18 windows
-    monkeypatch.setattr(norm_relu_pool, "plan", lambda y: norm_relu_pool.Plan(2, 3, 3, 2, 2))
+    monkeypatch.setattr(norm_relu_pool, "plan", lambda y: norm_relu_pool.Plan(2, 3, 2, 2, 4))
     for mine, theirs in zip(derivatives(block, values, 2), derivatives(in_primitives, values, 2), strict=True):
         assert off(mine, theirs) < 1e-10
 
@@ -272,6 +274,52 @@ def test_meta_backward_leaves_the_plain_engines_gradients(name: str, recompute: 
         return torch.cat([parameter.grad.flatten() for parameter in given.parameters()])
 
     assert deviation(gradients(Kernels("unfold", True)), gradients(Kernels())) < 1e-10
+
+
+def test_under_autocast_every_block_runs_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter cuts digits off where a GPU rounds, so errors are twice as large there."""
+    kinds: list[torch.dtype] = []
+    tail = norm_relu_pool.norm_relu_pool
+
+    def seen(y: Tensor, *others: Any) -> Tensor:
+        kinds.append(y.dtype)
+        return tail(y, *others)
+
+    monkeypatch.setattr("fewshot_asam.models.gpu_kernels.block.norm_relu_pool", seen)
+    given, drawn = learner("maml", "vmap").float(), tiny_batch()
+    batch = Episodes(drawn.support_x.float(), drawn.support_y, drawn.query_x.float(), drawn.query_y)
+    with gpu_kernels.using(Kernels()):
+        exact = meta_gradient(given, batch, 1)
+    with precision("bfloat16", torch.device(DEVICE)), gpu_kernels.using(Kernels("unfold", True)):
+        rough = meta_gradient(given, batch, 1)
+    assert torch.cosine_similarity(rough, exact, dim=0) > 0.85
+    assert kinds == [torch.bfloat16] * 8
+
+
+def test_the_tail_in_bfloat16_is_off_by_its_digits() -> None:
+    y, gamma, beta = (value.detach().float() for value in inputs(height=8, width=8)[1:])
+    y = torch.randn(3, 5, 8, 8, generator=torch.Generator().manual_seed(3)).to(y)
+
+    def found(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        given = [y.bfloat16().to(dtype).requires_grad_(), gamma.clone().requires_grad_(), beta.clone().requires_grad_()]
+        out = function(*given)
+        first = torch.autograd.grad(out.sum() + out.square().sum(), given, create_graph=True)
+        return [out, *first, *torch.autograd.grad(sum(value.square().sum() for value in first), given)]
+
+    def in_pytorch(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0, keepdim=True)
+        values = (y - mean) * torch.rsqrt(var + EPS) * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
+        return F.max_pool2d(F.relu(values), 2)
+
+    ours = found(lambda *given: norm_relu_pool.norm_relu_pool(*given, EPS), torch.bfloat16)
+    for mine, expected in zip(ours, found(in_pytorch, torch.float32), strict=True):
+        assert (mine.float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_tensors_beyond_32_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_relu_pool, "LARGEST", 100)
+    with pytest.raises(FewShotError, match=r"given a tensor \[3, 5, 7, 6\]; expected fewer than 2\*\*31 numbers"):
+        block(*inputs())
 
 
 def test_the_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

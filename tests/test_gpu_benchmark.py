@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_every_part_runs_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureF
     page = (tmp_path / "out" / "gpu.md").read_text("utf-8")
     assert page in capsys.readouterr().out
     parts = found["parts"]
-    assert [*parts] == ["ceilings", "kernels", "preset smoke", "tests", "iterations"]
+    assert [*parts] == ["ceilings", "preset smoke", "iterations", "kernels", "tests"]
     assert {name: part["status"] for name, part in parts.items()} == {
         **dict.fromkeys(parts, "done"),
         "kernels": "skipped",
@@ -56,6 +57,7 @@ def test_a_part_that_fails_or_takes_too_long_costs_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = [gpu.Part("broken", "no_such_part", "", 60), gpu.Part("slow", "preset", "smoke", 1)]
+    monkeypatch.setattr(gpu, "SMOKE_PATIENCE", 1)
     monkeypatch.setattr(gpu, "parts", lambda presets: given)
     parts = gpu.main(["--device", "cpu", "--smoke", "--output", str(tmp_path)])["parts"]
     assert parts["broken"]["status"] == parts["slow"]["status"] == "stopped"
@@ -83,7 +85,7 @@ def test_no_part_begins_after_the_minutes(tmp_path: Path) -> None:
     parts = gpu.main(["--minutes", "0.01", "--output", str(tmp_path)])["parts"]
     assert {part["status"] for part in parts.values()} == {"skipped"}
     assert len(parts) == 8
-    assert sum(part.seconds for part in gpu.parts(list(PRESETS)[:4])[:3]) < 8.5 * 60
+    assert sum(part.seconds for part in gpu.parts(list(PRESETS)[:4])[:-3]) < 8.5 * 60
 
 
 @pytest.mark.parametrize("rule", ["maml", "sharp_maml_low", "agnostic_sam"])
@@ -94,10 +96,8 @@ def test_the_stand_in_computes_what_learn2learn_and_we_compute(rule: str) -> Non
     options = {} if rule == "maml" else {"rho": 0.05}
     kinds[rule](ours, learn2learn_reference.LR, engine="loop", **options).meta_backward(batch, SMOKE.steps)
     packages = [stand_in]
-    try:
+    with contextlib.suppress(pytest.skip.Exception):
         packages.append(import_learn2learn())
-    except pytest.skip.Exception:
-        pass
     for l2l in packages:
         theirs = learn2learn_reference.build_model(l2l, SMOKE).double()
         copy_weights(ours, theirs)

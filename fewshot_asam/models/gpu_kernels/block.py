@@ -17,8 +17,6 @@ from fewshot_asam.models.gpu_kernels.norm_relu_pool import norm_relu_pool
 from fewshot_asam.models.gpu_kernels.settings import current
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-LARGEST = 2**31
-"""Elements of a tensor, whose places the kernels count in 32 bits."""
 
 
 @cache
@@ -46,7 +44,7 @@ def applies(x: Tensor, *parameters: Tensor) -> bool:
         and _understood()
         and x.dim() == 4
         and x.dtype in DTYPES
-        and all(value.dtype == x.dtype for value in parameters)
+        and all(value.dtype in (x.dtype, *_cast(x)) for value in parameters)
         and len(x) > 0
         and min(x.shape[-2:]) >= 2
     )
@@ -70,10 +68,15 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
     how = current().convolution
     if how == "grouped" or not (_here(x, weight) and _understood()):
         return F.conv2d(x, weight, padding=1)
-    if torch.is_autocast_enabled(x.device.type):
-        kind = torch.get_autocast_dtype(x.device.type)
+    for kind in _cast(x):
         x, weight = x.to(kind), weight.to(kind)
     return convolve(x, weight, how)
+
+
+def _cast(x: Tensor) -> tuple[torch.dtype, ...]:
+    """What autocast would have of convolutions beside `x`: its own type and float32, or nothing."""
+    kind = x.device.type
+    return (torch.float32, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ()
 
 
 def _here(*values: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fewshot_asam.errors import FewShotError
 from fewshot_asam.models.cpu_kernels.reference import gradient_of_gradient, plain_tail
 from fewshot_asam.models.gpu_kernels.tasks import over_tasks
 
@@ -20,6 +21,8 @@ TILE = 512
 """Windows times channels that a program has in registers at a time."""
 CHANNELS = 32
 """Of a tile of channels-last images, which are read along the channels."""
+LARGEST = 2**31
+"""Numbers in a tensor, whose places the kernels count in 32 bits."""
 PROGRAMS = 1024
 """About as many programs share a tensor: several for each of a large GPU's multiprocessors."""
 
@@ -88,6 +91,11 @@ class _Pass:
     def __init__(self, y: Tensor, pooled: Tensor) -> None:
         from fewshot_asam.models.gpu_kernels import norm_relu_pool_triton as kernels
 
+        if y.numel() >= LARGEST:
+            raise FewShotError(
+                f"the Triton block was given a tensor {list(y.shape)}; expected fewer than 2**31 numbers; use smaller "
+                "meta-batches, or fewshot_asam.models.gpu_kernels.use(Kernels()), which runs the block in PyTorch"
+            )
         self.kernels, self.plan, self.real = kernels, plan(y), _precise(y.dtype)
         n, self.channels, height, width = y.shape
         self.new = partial(torch.empty, dtype=self.real, device=y.device)
