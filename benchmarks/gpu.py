@@ -91,6 +91,7 @@ def guarded(part: Part, options: argparse.Namespace, until: float) -> dict[str, 
             env={
                 **os.environ,
                 **({"OMP_NUM_THREADS": "1"} if options.smoke else {}),
+                **({"TRITON_INTERPRET": "1"} if options.device == "cpu" and part.function == "kernels" else {}),
                 "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             },
             capture_output=True,

@@ -10,7 +10,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -87,7 +89,32 @@ def kernels(_: str, device: str, smoke: bool, save: Save) -> Found:
         for channels_last in (False, True):
             found["tables"]["the tail after a convolution"].append(_tail(shape, channels_last, device, copy, smoke))
             save(found)
+    found["tables"]["tiles"] = _tiles(shapes[0], device, smoke)
     return found
+
+
+def _tiles(shape: tuple[int, ...], device: str, smoke: bool) -> list[Found]:
+    """The tail to second order with other tiles and warps than `norm_relu_pool` has."""
+    y = torch.randn(shape, device=device, requires_grad=True)
+    gamma, beta = (torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2))
+    usual, options, rows = norm_relu_pool.TILE, dict(norm_relu_pool.OPTIONS), []
+    try:
+        for tile, warps in product(*([64], [4]) if smoke else ([256, 512, 1024, 2048], [2, 4, 8])):
+            norm_relu_pool.TILE, norm_relu_pool.OPTIONS["num_warps"] = tile, warps
+            run = partial(_to_second_order, norm_relu_pool.norm_relu_pool, y, gamma, beta)
+            taken = seconds(run, 1 if smoke else REPEATS)
+            row = {"shape": str(list(shape)), "tile": tile, "warps": warps}
+            rows.append({**row, "to second order us": 1e6 * taken})
+    finally:
+        norm_relu_pool.TILE = usual
+        norm_relu_pool.OPTIONS.update(options)
+    return rows
+
+
+def _to_second_order(function: Callable[..., Tensor], y: Tensor, gamma: Tensor, beta: Tensor) -> None:
+    out = function(y, gamma, beta, EPS)
+    first = torch.autograd.grad(out.sum(), [y, gamma, beta], create_graph=True)
+    torch.autograd.grad(first[0].square().sum() + first[1].sum(), [y, gamma])
 
 
 def _tail(shape: tuple[int, ...], channels_last: bool, device: str, copy: float, smoke: bool) -> Found:
@@ -110,12 +137,7 @@ def _tail(shape: tuple[int, ...], channels_last: bool, device: str, copy: float,
         row[f"forward us, {name}"] = 1e6 * taken
         if name == "Triton":
             row["of copy bandwidth"] = (dense + 3.5 * pooled) / taken / copy  # y once; best written, read; place; out
-
-        def both(function: Any = function) -> None:
-            out = function(y, gamma, beta, EPS)
-            first = torch.autograd.grad(out.sum(), [y, gamma, beta], create_graph=True)
-            torch.autograd.grad(first[0].square().sum() + first[1].sum(), [y, gamma, beta])
-
+        both = partial(_to_second_order, function, y, gamma, beta)
         row[f"to second order us, {name}"] = 1e6 * seconds(both, repeats)
     return row
 
