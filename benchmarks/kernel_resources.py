@@ -49,7 +49,15 @@ def compiled(name: str, architecture: int, channels_last: bool = False, side: in
     kernel = getattr(kernels, name)
     block_c = CHANNELS if channels_last else 1
     constants = {
-        **{"H": side, "W": side, "PROGRAMS": 8, "PADDED": 8, "BLOCK_C": block_c, "BLOCK_W": TILE // block_c},
+        **{
+            "H": side,
+            "W": side,
+            "tiles": 4,
+            "PROGRAMS": 8,
+            "PADDED": 8,
+            "BLOCK_C": block_c,
+            "BLOCK_W": TILE // block_c,
+        },
         **{"real": kernels.tl.float32, "EPS": 1e-5},
         **dict.fromkeys(("sc", "pc") if channels_last else ("sw", "pw"), 1),  # as Triton finds out at a call
     }

@@ -70,7 +70,7 @@ def _added(partial, which, c, in_c, C, PROGRAMS: tl.constexpr, PADDED: tl.conste
 
 @triton.jit
 def choose(
-    y, gamma, best, place, partial, n, C, tiles, sn, sc, sh, sw, pn, pc, ph, pw,
+    y, gamma, best, place, partial, n, C, tiles: tl.constexpr, sn, sc, sh, sw, pn, pc, ph, pw,
     H: tl.constexpr, W: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     real: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,7 @@ def choose(
 
 @triton.jit
 def normalise(
-    gamma, beta, partial, best, place, out, statistics, n, C, tiles, pn, pc, ph, pw,
+    gamma, beta, partial, best, place, out, statistics, n, C, tiles: tl.constexpr, pn, pc, ph, pw,
     H: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, real: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def normalise(
 
 @triton.jit
 def gather(
-    g, place, best, statistics, partial, n, C, tiles, pn, pc, ph, pw,
+    g, place, best, statistics, partial, n, C, tiles: tl.constexpr, pn, pc, ph, pw,
     H: tl.constexpr, W: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     real: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,7 @@ def gather(
 
 @triton.jit
 def spread(
-    g, place, y, gamma, statistics, partial, gy, sums, n, C, tiles, sn, sc, sh, sw, pn, pc, ph, pw,
+    g, place, y, gamma, statistics, partial, gy, sums, n, C, tiles: tl.constexpr, sn, sc, sh, sw, pn, pc, ph, pw,
     H: tl.constexpr, W: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr, real: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,7 @@ def spread(
 
 @triton.jit
 def project(
-    h, y, g, place, statistics, partial, n, C, tiles, sn, sc, sh, sw, pn, pc, ph, pw,
+    h, y, g, place, statistics, partial, n, C, tiles: tl.constexpr, sn, sc, sh, sw, pn, pc, ph, pw,
     H: tl.constexpr, W: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
     real: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +229,7 @@ def project(
 @triton.jit
 def spread_again(
     h, hgamma, hbeta, y, g, place, best, gamma, statistics, sums, partial, gg, ggamma, gy,
-    n, C, tiles, sn, sc, sh, sw, pn, pc, ph, pw,
+    n, C, tiles: tl.constexpr, sn, sc, sh, sw, pn, pc, ph, pw,
     H: tl.constexpr, W: tl.constexpr, PROGRAMS: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr, real: tl.constexpr,
 ):  # fmt: skip
