@@ -11,6 +11,7 @@ from torch import nn
 
 from fewshot_asam.errors import FewShotError, require_one_of
 from fewshot_asam.models import fuses
+from fewshot_asam.models.gpu_kernels import Kernels
 
 Batching = Literal["loop", "vmap"]
 EngineName = Literal["auto", "loop", "vmap"]
@@ -25,10 +26,11 @@ MARGIN = 1.25
 
 
 class Choice(NamedTuple):
-    """An engine and, in words, why it was chosen."""
+    """An engine and, in words, why it was chosen; and how blocks are to run on a GPU, if not as they do."""
 
     name: Batching
     reason: str
+    kernels: Kernels | None = None
 
 
 def choose(engine: EngineName, model: nn.Module, device: torch.device, side: int) -> Choice:

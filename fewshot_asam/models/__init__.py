@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fewshot_asam.errors import require_one_of
-from fewshot_asam.models import cpu_kernels
+from fewshot_asam.models import cpu_kernels, gpu_kernels
 from fewshot_asam.models.adapted import (
     Adapt,
     Adapted,
@@ -44,6 +44,7 @@ __all__ = [
     "conv_var_mean",
     "drop_running_statistics",
     "fuses",
+    "gpu_kernels",
     "norm_layers",
     "require_replaceable",
     "require_stateless",

@@ -1,11 +1,11 @@
-"""Conv4, its block fused on a CPU."""
+"""Conv4, its block fused where there are kernels for the device."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_asam.models import cpu_kernels
+from fewshot_asam.models import cpu_kernels, gpu_kernels
 from fewshot_asam.models.initialisation import HeadInit, Init, initialise, initialise_head
 from fewshot_asam.models.norm import EPS, TaskNorm, conv_var_mean, per_channel, var_mean
 from fewshot_asam.models.shape import Shape, checked
@@ -17,7 +17,7 @@ class ConvBlock(nn.Module):
     ReLU commutes with max-pooling, and so does the norm's affine map once the sign of its weight is folded into the
     convolution; the pooled tensors have a quarter of the elements. A bias before the norm would be dead: there is none.
     Where a patch has no more entries than there are filters, the norm's statistics come from `conv_var_mean`.
-    On a CPU the whole block is `cpu_kernels.conv_block` where that applies.
+    Where they apply the whole block is `conv_block` of `cpu_kernels` or of `gpu_kernels`.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -28,11 +28,12 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
         parameters = (self.conv.weight, self.norm.weight, self.norm.bias)
-        if support is None and cpu_kernels.applies(x, *parameters):
-            return cpu_kernels.conv_block(x, *parameters, EPS)
+        for kernels in (cpu_kernels, gpu_kernels):
+            if support is None and kernels.applies(x, *parameters):
+                return kernels.conv_block(x, *parameters, EPS)  # type: ignore[no-any-return]
         sign = 1 - 2 * (self.norm.weight < 0).to(x.dtype)
         filters = self.conv.weight * sign.view(-1, 1, 1, 1)
-        y = F.conv2d(x, filters, padding=1)
+        y = gpu_kernels.conv2d(x, filters)
         statistics = (
             conv_var_mean(x[:support], filters) if self.few_channels and y.dtype == x.dtype else var_mean(y[:support])
         )

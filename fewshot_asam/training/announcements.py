@@ -34,7 +34,7 @@ def opening(state: TrainState, choice: Choice) -> Iterator[str]:
         yield f"adapt {_wanted(learner.adapt)}: the inner loop changes {_layers(learner.adapted)}"
     if learner.zero_head and config.model not in MODELS:
         yield f"every task starts with zeros in {_layers(learner.inner_loop.zeroed)}"
-    yield f"engine {choice.name}{_options(state)}: {choice.reason}"
+    yield f"engine {state.progress.engine}{_options(state)}: {choice.reason}"
     if config.precision == "bfloat16" and state.device.type == "cpu" and fuses(learner.model):
         yield f"precision bfloat16: {_bfloat16()}"
     if state.progress.iteration >= config.iterations:

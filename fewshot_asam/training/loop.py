@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from fewshot_asam.analysis.congruence import congruence
 from fewshot_asam.data import Dataset
+from fewshot_asam.engine.candidates import Candidate
 from fewshot_asam.engine.precision import precision
 from fewshot_asam.learners import MetaLearner
+from fewshot_asam.models import gpu_kernels
 from fewshot_asam.rules import rule_name
 from fewshot_asam.runtime import distributed
 from fewshot_asam.runtime.distributed import PeerLost
@@ -83,7 +85,7 @@ def train(
             state.learner.load_state_dict(distributed.broadcast(weights(state.learner)))
         asked, first_order = state.learner.engine, state.learner.first_order
         try:
-            with run_folder.opened(config, resume) as state.folder:
+            with run_folder.opened(config, resume) as state.folder, gpu_kernels.using(gpu_kernels.current()):
                 return _run(state, resume, stop)
         finally:
             state.learner.engine, state.learner.first_order = asked, first_order
@@ -103,7 +105,8 @@ def _go(state: TrainState, given: Stop | None) -> dict[str, Any]:
     choice = distributed.broadcast(choose_engine(state))  # before anything is written, as it may be refused
     distributed.all_succeed(lambda: run_folder.begin(state.folder, state.config))
     state.rewrite()
-    state.learner.engine = state.progress.engine = choice.name
+    gpu_kernels.use(choice.kernels or gpu_kernels.current())
+    state.learner.engine, state.progress.engine = choice.name, Candidate(choice.name, gpu_kernels.current()).text
     for line in announcements.opening(state, choice):
         distributed.print_rank0(line)
     if distributed.size() == 1:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
-from fewshot_asam.engine import EngineName
+from fewshot_asam.engine.candidates import parsed
 from fewshot_asam.training.checks import LARGEST_COUNT, LARGEST_RATE
 
 
@@ -37,5 +36,5 @@ class Progress:
         for name, (least, most) in bounds.items():
             if not least <= getattr(self, name) <= most:
                 return f"{name} is {getattr(self, name)}, not within {least} and {most}"
-        known = ("", *get_args(EngineName))
-        return "" if self.engine in known else f"engine is {self.engine!r}"
+        known = self.engine in ("", "auto") or parsed(self.engine) is not None
+        return "" if known else f"engine is {self.engine!r}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fewshot_asam import engine
 from fewshot_asam.engine import Batch
+from fewshot_asam.engine.candidates import parsed
 from fewshot_asam.episodes import EpisodeSampler
 from fewshot_asam.runtime import distributed
+from fewshot_asam.training.gpu_rehearsal import fastest_on_gpu
 from fewshot_asam.training.processes import Processes, choose
 from fewshot_asam.training.state import TrainState
 
@@ -22,7 +24,7 @@ def choose_processes(state: TrainState) -> Processes:
 
 
 def choose_engine(state: TrainState) -> engine.Choice:
-    """The engine by rule, or by the clock on a CPU where both can run; a resumed run keeps its own.
+    """The engine by rule, or by the clock where several can run; a resumed run keeps its own.
 
     A model that cannot be vectorised, which is tried here, runs task by task.
     """
@@ -30,14 +32,17 @@ def choose_engine(state: TrainState) -> engine.Choice:
     choice = engine.choose(learner.engine, learner.model, state.device, state.dataset.train.shape[-1])
     if learner.engine != "auto":
         return choice
-    timed = state.device.type == "cpu" and not learner.torch_compile
-    if timed and state.progress.engine:
-        return engine.Choice("vmap" if state.progress.engine == "vmap" else "loop", "as before")
+    timed = state.device.type in ("cpu", "cuda") and not learner.torch_compile
+    if timed and (before := parsed(state.progress.engine)):
+        return engine.Choice(before.batching, "as before", before.kernels)
     batch = _share_of_a_batch(state)
     if choice.name == "vmap" and learner.execution_mode(batch).batching == "loop":
         return engine.Choice("loop", "the model cannot be vectorised")
     if not timed:
         return choice
+    if state.device.type == "cuda":
+        found = fastest_on_gpu(state, batch)
+        return engine.Choice(found.candidate.batching, found.reason, found.candidate.kernels)
 
     def iterate(name: engine.Batching) -> None:
         learner.engine = name
