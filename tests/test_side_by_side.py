@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,22 @@ def results(learner: MetaLearner, seed: int = 0, **options: Any) -> list[Tensor]
     return [*out, *(value.grad for value in learner.parameters() if value.grad is not None)]
 
 
+@pytest.fixture(autouse=True)
+def others() -> Iterator[None]:
+    """Processes that earlier tests have left to this one are not counted."""
+    _others.update(_children(os.getpid()))
+    yield
+    _others.clear()
+
+
+_others: set[int] = set()
+
+
 def children(pid: int) -> list[int]:
+    return [child for child in _children(pid) if child not in _others]
+
+
+def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 

@@ -50,7 +50,7 @@ class Rule(Protocol):
 @cache
 def rule_names() -> tuple[str, ...]:
     """The rules of this package."""
-    tools = ("checks", "graph", "perturbations", "validation_sets")
+    tools = ("checks", "graph", "perturbations", "trees", "validation_sets")
     return tuple(module.name for module in iter_modules(__path__) if module.name not in tools)
 
 

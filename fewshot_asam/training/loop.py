@@ -106,7 +106,9 @@ def _go(state: TrainState, given: Stop | None) -> dict[str, Any]:
     distributed.all_succeed(lambda: run_folder.begin(state.folder, state.config))
     state.rewrite()
     gpu_kernels.use(choice.kernels or gpu_kernels.current())
-    state.learner.engine, state.progress.engine = choice.name, Candidate(choice.name, gpu_kernels.current()).text
+    ways = choice.kernels is not None or state.device.type == "cuda"
+    state.learner.engine = choice.name
+    state.progress.engine = Candidate(choice.name, gpu_kernels.current()).text if ways else choice.name
     for line in announcements.opening(state, choice):
         distributed.print_rank0(line)
     if distributed.size() == 1:
