@@ -22,6 +22,8 @@ from benchmarks import table
 from benchmarks.interleave import Process, Times, WorkerError
 from benchmarks.presets import PRESETS, Preset, episodes
 
+_job = ExitStack()
+"""What a worker is part of until it ends."""
 WARM_UPS = 2
 LARGEST_DIFFERENCE = 1e-5
 """Of the losses before the first step, relative. Later ones differ more, as Adam's first steps blow up rounding."""
@@ -74,7 +76,7 @@ def iteration(rule: Any, preset: dict[str, Any], device: str, forks: int = 1) ->
     from fewshot_asam.training.config import TrainConfig
 
     problem = Preset(**preset)
-    distributed.joined().__enter__()
+    _job.enter_context(distributed.joined())
     place = resolve_device(device)
     model = build_model("conv4", problem.ways, problem.image_shape, problem.hidden, seed=0).to(place)
     learner = MetaLearner(model, learn2learn_reference.LR, rule_class(rule)())
