@@ -23,6 +23,7 @@ import torch
 from scipy import stats
 
 from fewshot_asam.reproduce import ledger
+from fewshot_asam.reproduce.inference import holm
 from fewshot_asam.reproduce.runner import commit
 from fewshot_asam.reproduce.statistics import over_seeds
 from fewshot_asam.runtime.allocator import keep_freed_memory
@@ -138,16 +139,6 @@ class Difference(NamedTuple):
         if len(self.values) < 2:
             return math.nan
         return float(stats.ttest_1samp(self.values, 0.0).pvalue)
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's corrected p-values (1979), in the order of the values."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    corrected, largest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
-        corrected[index] = largest
-    return corrected
 
 
 def page(plan_file: Path, results: Path) -> str:

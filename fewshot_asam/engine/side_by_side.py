@@ -27,6 +27,8 @@ from fewshot_asam.engine.inner_loop import Batch, InnerLoop
 from fewshot_asam.models import cpu_kernels
 from fewshot_asam.runtime.forks import Fork, Place, SharedMemory, forks
 
+LAST_MOMENT = 1.0
+"""Seconds that a fork which answers no more has to end by itself, so that it is known how."""
 Kind = Literal["gradients", "losses"]
 Found = tuple[Tensor, Tensor]
 """Query losses `[T]` and logits `[T, n, N]`."""
@@ -189,7 +191,7 @@ class SideBySide:
 
     def _lost(self, index: int) -> None:
         one = self._forks[index]
-        number, self._forks[index] = one.end() if one is not None else 0, None
+        number, self._forks[index] = one.end(LAST_MOMENT) if one is not None else 0, None
         how = f" (killed by signal {number}; if nobody did that, the memory was full)" if number else ""
         left = 1 + sum(other is not None for other in self._forks)
         warnings.warn(

@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -95,13 +96,21 @@ class Fork:
             raise TimeoutError(f"no answer within {seconds:g} s")
         return pickle.loads(self._ours.recv_bytes())
 
-    def end(self) -> int:
-        """Ends it at once. **Returns:** the number of the signal that had ended it before, or 0."""
-        status = 0
+    def end(self, patience: float = 0.0) -> int:
+        """Ends it. **Returns:** the number of the signal that had ended it before, or 0.
+
+        **Arguments:**
+
+        - `patience`: seconds in which it may end by itself: its pipe is closed before the system says how it ended.
+        """
+        status, latest = 0, time.monotonic() + patience
         with suppress(OSError):
             self._ours.close()
         with suppress(OSError):  # reaped by somebody else
             ended, status = os.waitpid(self.pid, os.WNOHANG)
+            while not ended and time.monotonic() < latest:
+                time.sleep(0.001)
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
             if not ended:
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
