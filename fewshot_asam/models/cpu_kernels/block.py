@@ -14,12 +14,11 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fewshot_asam.models.cpu_kernels import input_block
+from fewshot_asam.models.cpu_kernels import convolution, input_block
 from fewshot_asam.models.cpu_kernels.build import library
 from fewshot_asam.models.cpu_kernels.ctypes_call import call, channels_last, doubles, pooled
 from fewshot_asam.models.cpu_kernels.reference import gradient_of_gradient, plain_tail
@@ -110,63 +109,8 @@ def conv_block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: floa
     if input_block.applies(x, weight):
         return input_block.block(x, weight, gamma, beta, eps)
     kind = torch.bfloat16 if x.dtype == torch.float32 and _in_bfloat16() else x.dtype
-    y: Tensor = _Conv.apply(channels_last(x), weight, kind)
+    y: Tensor = convolution.apply(x, weight, kind)
     return _Tail.apply(channels_last(y), gamma, beta, eps)  # type: ignore[no-any-return]
-
-
-def _conv(x: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
-    return F.conv2d(x.to(kind), weight.to(kind), padding=1).to(x.dtype)
-
-
-def _conv_backward(
-    gy: Tensor, x: Tensor, weight: Tensor, kind: torch.dtype, wanted: tuple[bool, bool]
-) -> list[Tensor | None]:
-    """Gradients of `_conv` with respect to `x` and `weight`."""
-    ones, zeros = [1, 1], [0, 0]
-    given = (value.to(kind) for value in (gy, x, weight))
-    found = torch.ops.aten.convolution_backward(*given, None, ones, ones, ones, False, zeros, 1, [*wanted, False])
-    return [None if value is None else value.to(x.dtype) for value in found[:2]]
-
-
-class _Conv(Function):
-    """Its operands are rounded to `kind`, and so is its result; all that enters and leaves is of one precision."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.kind = kind
-        return _conv(x, weight, kind)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Any:
-        return *_ConvBackward.apply(gy, *ctx.saved_tensors, ctx.kind, ctx.needs_input_grad[:2]), None
-
-
-class _ConvBackward(Function):
-    """`(gy, x, weight) -> (gx, gweight)`, each None where it is not wanted."""
-
-    @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, kind: torch.dtype, wanted: tuple[bool, bool]) -> Any:
-        ctx.save_for_backward(gy, x, weight)
-        ctx.kind = kind
-        ctx.set_materialize_grads(False)
-        return tuple(_conv_backward(gy, x, weight, kind, wanted))
-
-    @staticmethod
-    def backward(ctx: Any, hx: Tensor | None, hweight: Tensor | None) -> Any:
-        gy, x, weight = ctx.saved_tensors
-        _, wants_x, wants_weight, *_ = ctx.needs_input_grad
-        ggy = gx = gweight = None
-        if hweight is not None:
-            ggy = _Conv.apply(x, hweight, ctx.kind)
-            if wants_x:
-                gx = _ConvBackward.apply(gy, x, hweight, ctx.kind, (True, False))[0]
-        if hx is not None:
-            from_x = _Conv.apply(channels_last(hx), weight, ctx.kind)
-            ggy = from_x if ggy is None else ggy + from_x
-            if wants_weight:
-                gweight = _ConvBackward.apply(gy, hx, weight, ctx.kind, (False, True))[1]
-        return ggy, gx, gweight, None, None
 
 
 class _Tail(Function):

@@ -27,7 +27,7 @@ from fewshot_asam.models.cpu_kernels.signatures import declare
 from fewshot_asam.runtime.cache_folder import cache_dir
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("norm_relu_pool.cpp", "input_block.cpp"))
+SOURCES = tuple(HERE / name for name in ("winograd.cpp", "norm_relu_pool.cpp", "input_block.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared")
 TUNED = (
     ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),
@@ -40,7 +40,7 @@ SECONDS = 120
 PROBE = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
-shape, padded, found = (ctypes.c_int64 * 5)(1, 4, 4, 1, 1), (ctypes.c_double * 36)(), (ctypes.c_double * 144)()
+shape, padded, found = (ctypes.c_int64 * 6)(1, 4, 4, 1, 1, 1), (ctypes.c_double * 36)(), (ctypes.c_double * 144)()
 library.first_moments_1_double(shape, padded, found)
 """
 """Run in a process of its own: a broken library, or one for another processor, ends the process that loads it."""
@@ -59,6 +59,13 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, or None, with a warning, where they cannot be built or loaded."""
     with _one_at_a_time:
         return _library()
+
+
+@cache
+def winograd_is_fast() -> bool:
+    """Whether the compiled convolutions are, which they are with the processor's vectors alone."""
+    found = library()
+    return found is not None and bool(ctypes.c_int.in_dll(found, "winograd_is_fast").value)
 
 
 @contextmanager
@@ -120,7 +127,7 @@ def _line(text: str) -> str:
 
 
 def _name(compiler: list[str]) -> str:
-    code = [path.read_bytes() for path in (*SOURCES, HERE / "parallel_reduce.h")]
+    code = [path.read_bytes() for path in (*SOURCES, *sorted(HERE.glob("*.h")))]
     key = repr((code, FLAGS, TUNED, PROBE, compiler, _processor()))
     return f"blocks-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 

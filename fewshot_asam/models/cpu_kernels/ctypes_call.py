@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.models.cpu_kernels.build import library
-from fewshot_asam.models.cpu_kernels.signatures import KINDS, LAYOUT_OF, SIGNATURES, TYPE_OF, Shape, shapes
+from fewshot_asam.models.cpu_kernels.signatures import FIRST, KINDS, LAYOUT_OF, SIGNATURES, TYPE_OF, Shape, shapes
 
 NHWC = torch.channels_last
 
@@ -19,23 +19,23 @@ def call(name: str, y: Tensor, *arguments: Tensor | float, channels: int = 0) ->
 
     - `name`: a key of `SIGNATURES`, without the channels.
     - `y`: a tensor with the shape and the type of the convolution's result.
-    - `channels`: of the images, for the functions that are compiled for one number of them.
+    - `channels`: of the images that are convolved.
     """
-    name = f"{name}_{channels}" if channels else name
+    name = f"{name}_{channels}" if name in FIRST else name
     n, filters, height, width = y.shape
     expected = shapes(y.shape, channels, y.dtype)
     given = [
         value if isinstance(value, float) else _address(argument, value, expected[LAYOUT_OF[argument]], y.dtype)
         for argument, value in zip(SIGNATURES[name].split(), arguments, strict=True)
     ]
-    shape = Shape(n, height, width, filters, torch.get_num_threads())
+    shape = Shape(n, height, width, filters, torch.get_num_threads(), channels)
     getattr(library(), f"{name}_{KINDS[y.dtype]}")(shape, *given)
 
 
 def _address(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Of the first number of `value`, once it is sure to have that shape and type and no gaps."""
     dtype = TYPE_OF.get(name, dtype)
-    images = LAYOUT_OF[name] in ("dense", "pooled")
+    images = LAYOUT_OF[name] in ("images", "dense", "pooled")
     if (
         value.shape == shape
         and value.dtype == dtype

@@ -9,7 +9,7 @@ using Code = std::uint8_t;
 using Sums = std::vector<double>;
 
 struct Shape {
-    std::int64_t n, height, width, channels, threads;
+    std::int64_t n, height, width, channels, threads, inputs;
     double count() const { return double(n * height * width); }
 };
 

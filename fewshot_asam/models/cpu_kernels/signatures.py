@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 
 CHANNELS = (1, 3)
 """Of the images that `input_block.cpp` is compiled for."""
 REGISTER = 64
-"""Bytes of the vectors that `input_block.cpp` is written in; it takes filters two vectors at a time."""
+"""Bytes of the vectors that the functions are written in; `input_block.cpp` takes filters two vectors at a time."""
 KINDS = {torch.float32: "float", torch.float64: "double"}
 
 TAIL = {
@@ -25,9 +26,18 @@ FIRST = {
         "hfilters hgamma hbeta padded filters moments place best gamma mean rstd gathered sums gg ggamma gfilters"
     ),
 }
-SIGNATURES = TAIL | {f"{name}_{channels}": names for name, names in FIRST.items() for channels in CHANNELS}
+CONVOLUTION = {
+    "conv_forward": "x weight y",
+    "conv_input_gradient": "gy weight gx",
+    "conv_weight_gradient": "x gy gweight",
+}
+SIGNATURES = (
+    CONVOLUTION | TAIL | {f"{name}_{channels}": names for name, names in FIRST.items() for channels in CHANNELS}
+)
 
 LAYOUTS = {
+    "images": "x gx",
+    "weight": "weight gweight",
     "dense": "y hy gy",
     "pooled": "g gg best out place",
     "by channel": "gamma beta hgamma hbeta ggamma mean rstd",
@@ -42,7 +52,7 @@ TYPE_OF = dict.fromkeys(("mean", "rstd", "sums", "gathered", "moments"), torch.f
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "height", "width", "channels", "threads")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "height", "width", "channels", "threads", "inputs")]
 
 
 def moments_shape(channels: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -51,10 +61,13 @@ def moments_shape(channels: int, dtype: torch.dtype) -> tuple[int, int]:
     return patch, (patch + lanes) // lanes * lanes
 
 
+@lru_cache(maxsize=256)
 def shapes(y: torch.Size, channels: int, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
     """The shape of each layout, for a convolution's result `y` from images of so many channels."""
     n, filters, height, width = y
     return {
+        "images": (n, channels, height, width),
+        "weight": (filters, channels, 3, 3),
         "dense": (n, filters, height, width),
         "pooled": (n, filters, height // 2, width // 2),
         "by channel": (filters,),
