@@ -65,19 +65,20 @@ void multiply(const Strided<const real> &a, const Strided<const real> &b, std::i
                 product<ADD, 1>(a.moved(r, 0), b.moved(0, d), K, c.moved(r, d));
 }
 
-// y [n, H, W, D] from x [n, H, W, C] and transformed filters u [PLACES, C, D]
-template <typename real>
+// y [n, H, W, D] from x [n, H, W, C] and transformed filters u [IN * IN, C, D]
+template <typename Tile, typename real>
 void convolve(const Shape &s, const real *x, int C, const real *u, int D, real *y) {
-    const Tiles tiles(s);
+    const Tiles<Tile> tiles(s);
     const std::vector<real> zeros(C);
-    share_blocks(tiles, threads_for(s, tiles), [&](int, auto first, auto last) {
-        const Transformed<real> in(LEFT, C), out(RIGHT, D);
+    share_blocks(tiles.blocks, threads_for(s, tiles.blocks), [&](int, auto first, auto last) {
+        const Transformed<Tile, real> in(LEFT, C), out(RIGHT, D);
+        std::vector<real> nowhere(D);
         for (auto block = first; block < last; block++) {
             transform_images(tiles, block, x, zeros.data(), in);
-            for (int p = 0; p < PLACES; p++)
+            for (int p = 0; p < Tile::IN * Tile::IN; p++)
                 multiply<false, real>({in.at(p, 0), C, 1}, {u + std::int64_t(p) * C * D, D, 1}, tiles.in_block(block),
                                       C, D, {out.at(p, 0), D, 1});
-            transform_back(tiles, block, out, y);
+            transform_back(tiles, block, out, nowhere.data(), y);
         }
     });
 }
@@ -87,16 +88,16 @@ void add(real *to, const real *from, std::int64_t size) {
     for (std::int64_t i = 0; i < size; i++) to[i] += from[i];
 }
 
-// (B' x B) * (A gy A') summed over tiles, [PLACES, C, D]; in two stages, as long sums of single numbers lose digits
-template <typename real>
+// (B' x B) * (A gy A') summed over tiles, [IN * IN, C, D]; in two stages, as long sums of single numbers lose digits
+template <typename Tile, typename real>
 const real *sum_over_tiles(const Shape &s, const real *x, int C, const real *gy, int D) {
-    const Tiles tiles(s);
-    const int threads = threads_for(s, tiles);
+    const Tiles<Tile> tiles(s);
+    const int threads = threads_for(s, tiles.blocks);
     const std::vector<real> zeros(std::max(C, D));
-    const std::int64_t size = std::int64_t(PLACES) * C * D;
+    const std::int64_t size = std::int64_t(Tile::IN * Tile::IN) * C * D;
     real *totals = buffer<real>(TOTALS, threads * size);
-    share_blocks(tiles, threads, [&](int thread, auto first, auto last) {
-        const Transformed<real> images(LEFT, C), gradients(RIGHT, D);
+    share_blocks(tiles.blocks, threads, [&](int thread, auto first, auto last) {
+        const Transformed<Tile, real> images(LEFT, C), gradients(RIGHT, D);
         real *total = totals + thread * size, *part = buffer<real>(PART, size);
         for (auto block = first; block < last; block++) {
             const bool begins = (block - first) % BLOCKS_OF_A_PART == 0;
@@ -104,7 +105,7 @@ const real *sum_over_tiles(const Shape &s, const real *x, int C, const real *gy,
             transform_images(tiles, block, x, zeros.data(), images);
             transform_gradients(tiles, block, gy, zeros.data(), gradients);
             if (begins) std::fill(sum, sum + size, real(0));
-            for (int p = 0; p < PLACES; p++)
+            for (int p = 0; p < Tile::IN * Tile::IN; p++)
                 multiply<true, real>({images.at(p, 0), 1, C}, {gradients.at(p, 0), D, 1}, C, tiles.in_block(block), D,
                                      {sum + std::int64_t(p) * C * D, D, 1});
             const bool ends = (block - first) % BLOCKS_OF_A_PART == BLOCKS_OF_A_PART - 1 || block == last - 1;
@@ -115,6 +116,28 @@ const real *sum_over_tiles(const Shape &s, const real *x, int C, const real *gy,
     return totals;
 }
 
+// The functions for one kind of tiles; the shape is that of y, and `inputs` are the channels of x.
+template <typename Tile>
+struct Convolution {
+    template <typename real>
+    static void forward(const Shape &s, const real *x, const real *w, real *y) {
+        const int C = int(s.inputs), D = int(s.channels);
+        convolve<Tile>(s, x, C, transform_filters<Tile>(w, C, 9, D, 9 * C, false), D, y);
+    }
+    template <typename real>
+    static void input_gradient(const Shape &s, const real *gy, const real *w, real *gx) {
+        const int C = int(s.inputs), D = int(s.channels);
+        convolve<Tile>(s, gy, D, transform_filters<Tile>(w, D, 9 * C, C, 9, true), C, gx);
+    }
+    template <typename real>
+    static void weight_gradient(const Shape &s, const real *x, const real *gy, real *gw) {
+        const int C = int(s.inputs), D = int(s.channels);
+        to_filters<Tile>(sum_over_tiles<Tile>(s, x, C, gy, D), C, D, gw);
+    }
+};
+
+bool large(const Shape &s) { return Tiles<Large>(s).work() < Tiles<Small>(s).work(); }
+
 }  // namespace
 
 // Without such instructions PyTorch, which has its own for every processor, is several times as fast.
@@ -124,19 +147,13 @@ extern "C" const int winograd_is_fast = 1;
 extern "C" const int winograd_is_fast = 0;
 #endif
 
-// The shape is that of y; `inputs` are the channels of x.
-#define EXPORT(real)                                                                                                  \
-    extern "C" void conv_forward_##real(const Shape *s, const real *x, const real *w, real *y) {                      \
-        const int C = int(s->inputs), D = int(s->channels);                                                           \
-        convolve(*s, x, C, transform_filters(w, C, 9, D, 9 * C, false), D, y);                                        \
-    }                                                                                                                 \
-    extern "C" void conv_input_gradient_##real(const Shape *s, const real *gy, const real *w, real *gx) {             \
-        const int C = int(s->inputs), D = int(s->channels);                                                           \
-        convolve(*s, gy, D, transform_filters(w, D, 9 * C, C, 9, true), C, gx);                                       \
-    }                                                                                                                 \
-    extern "C" void conv_weight_gradient_##real(const Shape *s, const real *x, const real *gy, real *gw) {            \
-        const int C = int(s->inputs), D = int(s->channels);                                                           \
-        to_filters(sum_over_tiles(*s, x, C, gy, D), C, D, gw);                                                        \
+#define EXPORT(function, real)                                                                                        \
+    extern "C" void conv_##function##_##real(const Shape *s, const real *a, const real *b, real *result) {            \
+        large(*s) ? Convolution<Large>::function(*s, a, b, result) : Convolution<Small>::function(*s, a, b, result);  \
     }
-EXPORT(float)
-EXPORT(double)
+EXPORT(forward, float)
+EXPORT(forward, double)
+EXPORT(input_gradient, float)
+EXPORT(input_gradient, double)
+EXPORT(weight_gradient, float)
+EXPORT(weight_gradient, double)
