@@ -10,6 +10,7 @@ from torch import Tensor
 from fewshot_asam.models.cpu_kernels import convolution
 from fewshot_asam.models.cpu_kernels.block import conv_block
 from fewshot_asam.models.cpu_kernels.build import winograd_is_fast
+from fewshot_asam.models.cpu_kernels.ctypes_call import call
 
 pytestmark = pytest.mark.skipif(not winograd_is_fast(), reason="no C++ compiler, or a processor of narrow vectors")
 
@@ -112,19 +113,19 @@ def test_a_place_reaches_its_neighbours_alone() -> None:
 
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    genuine = convolution.call
 
     def seen(name: str, *given, **more) -> None:  # type: ignore[no-untyped-def]
         calls.append(name)
-        genuine(name, *given, **more)
+        call(name, *given, **more)
 
-    monkeypatch.setattr(convolution, "call", seen)
+    monkeypatch.setattr("fewshot_asam.models.cpu_kernels.convolution.call", seen)
 
     def used(channels: int, filters: int, dtype: torch.dtype = torch.float32) -> bool:
         calls.clear()
         x, weight = numbers(2, channels, 6, 6, dtype=dtype), numbers(filters, channels, 3, 3, dtype=dtype)
         one = torch.ones(filters, dtype=dtype)
-        conv_block(x.requires_grad_(), weight.requires_grad_(), one, one, 1e-5).sum().backward()
+        given = [x.requires_grad_(), weight.requires_grad_()]
+        torch.autograd.grad(conv_block(*given, one, one, 1e-5).sum(), given)
         return calls == ["conv_forward", "conv_input_gradient", "conv_weight_gradient"]
 
     assert used(32, 32)
