@@ -124,8 +124,8 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
         x, weight = numbers(2, channels, 6, 6, dtype=dtype), numbers(filters, channels, 3, 3, dtype=dtype)
         one = torch.ones(filters, dtype=dtype)
-        given = [x.requires_grad_(), weight.requires_grad_()]
-        torch.autograd.grad(conv_block(*given, one, one, 1e-5).sum(), given)
+        y = conv_block(x.requires_grad_(), weight.requires_grad_(), one, one, 1e-5)
+        torch.autograd.grad(y.sum(), [x, weight])
         return calls == ["conv_forward", "conv_input_gradient", "conv_weight_gradient"]
 
     assert used(32, 32)
