@@ -7,7 +7,8 @@ derivative of a convolution has one for images that need no gradient, which is n
 the same run, between the meta-gradients: the best rate of any of the network's own convolutions, on the images of one
 task and of all tasks at once, in channels-last and in plain memory, and of a product of two 2048x2048 matrices.
 
-- `of the peak` is the achieved rate over the best of all these.
+- `of the peak` is the achieved rate over the best of all these. FLOPs are those of sums over taps. Ours convolves with
+  fewer products, by Winograd's minimal filtering, so its convolutions may exceed PyTorch's best rate.
 - `ideal` is the time if each convolution ran at its own best rate and all else were free: what is left to gain.
 """
 
@@ -87,7 +88,7 @@ def counted_flops(preset: Preset) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns what the JSON holds."""
-    options = table.parser("limit", __doc__, rounds=5).parse_args(argv)
+    options = table.parser("roofline", __doc__, rounds=5).parse_args(argv)
     keep_freed_memory()
     report = table.Report(options.device)
     for name in options.presets:
@@ -201,4 +202,4 @@ def _seconds(run: Callable[[], object], device: str) -> float:
 
 
 if __name__ == "__main__":
-    table.command("limit", main)
+    table.command("roofline", main)

@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     interleave,
     learn2learn_maml,
     learn2learn_reference,
+    optimizers,
     roofline,
     rules,
     scaling,
@@ -337,3 +338,16 @@ def test_markdown() -> None:
     assert table.markdown([{"name": "a", "s": 0.123456}, {"name": "bcdef", "s": None}]) == (
         "| name  | s      |\n|-------|--------|\n| a     | 0.1235 |\n| bcdef |        |"
     )
+
+
+def test_the_optimizers_steps(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    optimizers.main(["--networks", "small", "--rounds", "2", "--output", str(output)])
+    rows = json.loads(output.read_text("utf-8"))["optimizers"]
+    assert {row["optimizer"]: row["gradients"] for row in rows} == {
+        "sgd": 1,
+        "sam": 2,
+        "friendly_sam": 2,
+        "agnostic_sam": 2.5,
+    }
+    assert all(math.isclose(row["times SGD's"], row["step, s"] / rows[0]["step, s"]) for row in rows)

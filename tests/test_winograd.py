@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_asam.models.cpu_kernels import convolution
+from fewshot_asam import MAML, Conv4, Episodes
+from fewshot_asam.models.cpu_kernels import convolution, disabled
 from fewshot_asam.models.cpu_kernels.block import conv_block
 from fewshot_asam.models.cpu_kernels.build import winograd_is_fast
 from fewshot_asam.models.cpu_kernels.ctypes_call import call
@@ -44,7 +45,7 @@ def both_orders(convolve, x: Tensor, weight: Tensor) -> list[Tensor]:  # type: i
     given = [value.clone().requires_grad_() for value in (x, weight)]
     y = convolve(*given)
     first = torch.autograd.grad((y * numbers(*y.shape).to(y.dtype) + y**2).sum(), given, create_graph=True)
-    second = torch.autograd.grad(sum((g**2).sum() for g in first), given)
+    second = torch.autograd.grad(torch.stack([(g**2).sum() for g in first]).sum(), given)
     return [y.detach(), *(g.detach() for g in first), *second]
 
 
@@ -94,6 +95,29 @@ def test_single_precision_loses_no_more_than_a_digit_to_pytorchs(n: int, side: i
     exact = found(theirs, torch.float64)  # PyTorch's in single precision are within 3e-7, 3e-7 and 14e-7
     for mine, value, bound in zip(found(ours, torch.float32), exact, (2e-6, 2e-6, 5e-6), strict=True):
         assert error(mine, value) < bound
+
+
+def meta_gradient(dtype: torch.dtype, steps: int, side: int, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = [torch.rand(n, 3, side, side, generator=generator, dtype=torch.float64).to(dtype) for n in (5, 75)]
+    y = [torch.arange(5), torch.arange(5).repeat_interleave(15)]
+    learner = MAML(Conv4(5, (3, side, side), hidden=32).to(dtype), lr=0.01)
+    episodes = Episodes(x[0][None], y[0][None], x[1][None], y[1][None])
+    learner.meta_backward(episodes, steps=steps)
+    return torch.cat([p.grad.double().flatten() for p in learner.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(("steps", "side", "bound"), [(1, 28, 1e-2), (5, 84, 0.2)])
+def test_rounding_in_a_meta_gradient(steps: int, side: int, bound: float) -> None:
+    """The bounds are wide, as rounding may change which place max-pooling takes, in PyTorch's float32 as well."""
+    for seed in (0, 1):
+        with disabled():
+            exact = meta_gradient(torch.float64, steps, side, seed)
+            plain = error(meta_gradient(torch.float32, steps, side, seed), exact)
+        found = error(meta_gradient(torch.float32, steps, side, seed), exact)
+        print(f"{steps} steps, {side} pixels, seed {seed}: off by {found:.1e}, plain PyTorch by {plain:.1e}")
+        assert found < bound
 
 
 def test_runs_are_repeated_bit_for_bit() -> None:
