@@ -8,6 +8,7 @@ Settings, curves, summary and weights; of a run that is not finished its last ch
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from fewshot_asam.training.checkpoint import STATES
 from fewshot_asam.training.config import to_yaml
 from fewshot_asam.training.run_folder import SETTINGS, stored_settings
 
-FILES = ("summary.json", "metrics.jsonl", "curves.png", "best.safetensors", "last.safetensors")
+SUMMARY = "summary.json"
+FILES = ("metrics.jsonl", "curves.png", "best.safetensors", "last.safetensors")
 
 
 def publish(run: Path, parent: Path) -> Path:
@@ -29,7 +31,10 @@ def publish(run: Path, parent: Path) -> Path:
     for name in FILES:
         if (run / name).exists():
             shutil.copyfile(run / name, folder / name)
-    if not (run / "summary.json").exists():
+    if (run / SUMMARY).exists():
+        summary = {**json.loads((run / SUMMARY).read_text("utf-8")), "data_root": None, "output_dir": None}
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    else:
         newest = max((run / STATES).glob("*.ckpt"))
         (folder / STATES).mkdir()
         shutil.copyfile(newest, folder / STATES / newest.name)
