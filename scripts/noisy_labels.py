@@ -167,6 +167,7 @@ def _answer(corrected: Mapping[Difference, float]) -> str:
     """What the differences that have all their seeds say, in a sentence."""
     if not corrected:
         return "**Answer: none yet.** No comparison has all its seeds, and a single seed decides nothing."
+    means = [sum(one.values) / len(one.values) for one, p in corrected.items() if p < 0.05]
     clear = [
         f"{one.first} − {one.second} ({one.section}, {one.kind}): {sum(one.values) / len(one.values):.2f} points"
         for one, p in corrected.items()
@@ -174,7 +175,8 @@ def _answer(corrected: Mapping[Difference, float]) -> str:
     ]
     if not clear:
         return f"**Answer: undecided.** None of {len(corrected)} comparisons is clear after the correction."
-    return f"**Answer: {len(clear)} of {len(corrected)} comparisons are clear.** {'; '.join(clear)}."
+    which = "" if max(means) > 0 else " In each the one named first is behind."
+    return f"**Answer: {len(clear)} of {len(corrected)} comparisons are clear.**{which} {'; '.join(clear)}."
 
 
 def _differences(plan: Mapping[str, Any], found: Mapping[tuple[str, str], Mapping[int, Any]]) -> Iterator[Difference]:
