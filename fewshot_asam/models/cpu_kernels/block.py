@@ -109,8 +109,7 @@ def conv_block(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: floa
     if input_block.applies(x, weight):
         return input_block.block(x, weight, gamma, beta, eps)
     kind = torch.bfloat16 if x.dtype == torch.float32 and _in_bfloat16() else x.dtype
-    y: Tensor = convolution.apply(x, weight, kind)
-    return _Tail.apply(channels_last(y), gamma, beta, eps)  # type: ignore[no-any-return]
+    return _Tail.apply(convolution.apply(x, weight, kind), gamma, beta, eps)  # type: ignore[no-any-return]
 
 
 class _Tail(Function):

@@ -60,8 +60,6 @@ def _conv_backward(
 
 
 class _Conv(Function):
-    """Its operands are rounded to `kind`, and so is its result; all that enters and leaves is of one precision."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)

@@ -99,17 +99,17 @@ const real *sum_over_tiles(const Shape &s, const real *x, int C, const real *gy,
     share_blocks(tiles.blocks, threads, [&](int thread, auto first, auto last) {
         const Transformed<Tile, real> images(LEFT, C), gradients(RIGHT, D);
         real *total = totals + thread * size, *part = buffer<real>(PART, size);
-        for (auto block = first; block < last; block++) {
-            const bool begins = (block - first) % BLOCKS_OF_A_PART == 0;
-            real *sum = block < first + BLOCKS_OF_A_PART ? total : part;
-            transform_images(tiles, block, x, zeros.data(), images);
-            transform_gradients(tiles, block, gy, zeros.data(), gradients);
-            if (begins) std::fill(sum, sum + size, real(0));
-            for (int p = 0; p < Tile::IN * Tile::IN; p++)
-                multiply<true, real>({images.at(p, 0), 1, C}, {gradients.at(p, 0), D, 1}, C, tiles.in_block(block), D,
-                                     {sum + std::int64_t(p) * C * D, D, 1});
-            const bool ends = (block - first) % BLOCKS_OF_A_PART == BLOCKS_OF_A_PART - 1 || block == last - 1;
-            if (ends && sum == part) add(total, part, size);
+        for (auto start = first; start < last; start += BLOCKS_OF_A_PART) {
+            real *sum = start == first ? total : part;
+            std::fill(sum, sum + size, real(0));
+            for (auto block = start; block < std::min<std::int64_t>(start + BLOCKS_OF_A_PART, last); block++) {
+                transform_images(tiles, block, x, zeros.data(), images);
+                transform_gradients(tiles, block, gy, zeros.data(), gradients);
+                for (int p = 0; p < Tile::IN * Tile::IN; p++)
+                    multiply<true, real>({images.at(p, 0), 1, C}, {gradients.at(p, 0), D, 1}, C, tiles.in_block(block),
+                                         D, {sum + std::int64_t(p) * C * D, D, 1});
+            }
+            if (sum == part) add(total, part, size);
         }
     });
     for (int thread = 1; thread < threads; thread++) add(totals, totals + thread * size, size);

@@ -115,23 +115,39 @@ inline int threads_for(const Shape &s, std::int64_t blocks) {
     return int(std::max<std::int64_t>(1, std::min(s.threads, blocks)));
 }
 
-// B' x B
-template <typename Tile, typename real>
-void transform_images(const Tiles<Tile> &tiles, std::int64_t block, const real *x, const real *zeros,
-                      const Transformed<Tile, real> &to) {
+// `along` both sides of each tile of a block: of the FROM places a side of `x` that begin `margin` before the tile's own.
+template <int FROM, typename Tile, typename real, typename Along>
+void transform(const Tiles<Tile> &tiles, std::int64_t block, const real *x, int margin, const real *zeros, Along along,
+               const Transformed<Tile, real> &to) {
     using vec = typename Simd<real>::vec;
     constexpr int IN = Tile::IN;
-    tiles.template each<IN>(block, x, to.channels, 1, zeros, [&](auto tile, auto &from) {
+    tiles.template each<FROM>(block, x, to.channels, margin, zeros, [&](auto tile, auto &from) {
         for (std::int64_t c = 0; c < to.channels; c += Simd<real>::LANES) {
             const auto given = [&](int i, int j) { return load<vec>(from[i][j] + c); };
             vec found[IN][IN];
-            both_sides<IN>(given, [](const vec *a, vec *b) { Tile::images(a, b); }, found);
+            both_sides<FROM>(given, along, found);
 #pragma GCC unroll 6
             for (int i = 0; i < IN; i++)
 #pragma GCC unroll 6
                 for (int j = 0; j < IN; j++) store(to.at(IN * i + j, tile) + c, found[i][j]);
         }
     });
+}
+
+// B' x B
+template <typename Tile, typename real>
+void transform_images(const Tiles<Tile> &tiles, std::int64_t block, const real *x, const real *zeros,
+                      const Transformed<Tile, real> &to) {
+    using vec = typename Simd<real>::vec;
+    transform<Tile::IN>(tiles, block, x, 1, zeros, [](const vec *a, vec *b) { Tile::images(a, b); }, to);
+}
+
+// A gy A'
+template <typename Tile, typename real>
+void transform_gradients(const Tiles<Tile> &tiles, std::int64_t block, const real *gy, const real *zeros,
+                         const Transformed<Tile, real> &to) {
+    using vec = typename Simd<real>::vec;
+    transform<Tile::OUT>(tiles, block, gy, 0, zeros, [](const vec *a, vec *b) { Tile::gradients(a, b); }, to);
 }
 
 // A' m A, at the places that the images have; what falls outside is written to `nowhere`
@@ -147,25 +163,6 @@ void transform_back(const Tiles<Tile> &tiles, std::int64_t block, const Transfor
             both_sides<IN>(given, [](const vec *a, vec *b) { Tile::back(a, b); }, found);
             for (int i = 0; i < OUT; i++)
                 for (int j = 0; j < OUT; j++) store(to[i][j] + c, found[i][j]);
-        }
-    });
-}
-
-// A gy A'
-template <typename Tile, typename real>
-void transform_gradients(const Tiles<Tile> &tiles, std::int64_t block, const real *gy, const real *zeros,
-                         const Transformed<Tile, real> &to) {
-    using vec = typename Simd<real>::vec;
-    constexpr int IN = Tile::IN, OUT = Tile::OUT;
-    tiles.template each<OUT>(block, gy, to.channels, 0, zeros, [&](auto tile, auto &from) {
-        for (std::int64_t c = 0; c < to.channels; c += Simd<real>::LANES) {
-            const auto given = [&](int i, int j) { return load<vec>(from[i][j] + c); };
-            vec found[IN][IN];
-            both_sides<OUT>(given, [](const vec *a, vec *b) { Tile::gradients(a, b); }, found);
-#pragma GCC unroll 6
-            for (int i = 0; i < IN; i++)
-#pragma GCC unroll 6
-                for (int j = 0; j < IN; j++) store(to.at(IN * i + j, tile) + c, found[i][j]);
         }
     });
 }
