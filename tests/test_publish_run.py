@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -55,3 +57,22 @@ def test_an_unfinished_run_goes_on_from_the_copy(finished: Path, images: Path, t
         assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes()
     train(replace(stored_settings(copy), data_root=images, output_dir=copy), resume=True)
     assert torch.equal(weights(copy), weights(finished))
+
+
+PUBLISHED = sorted(path.name for path in (ROOT / "results/weights").iterdir() if path.is_dir())
+
+
+def test_the_page_lists_what_is_there() -> None:
+    page = (ROOT / "results/weights/README.md").read_text("utf-8")
+    assert re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) == PUBLISHED
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_there_loads_and_says_whether_it_is_finished(name: str) -> None:
+    folder = ROOT / "results/weights" / name
+    config = stored_settings(folder)
+    assert len(load_run(folder).weights["model.head.bias"]) == config.ways
+    summaries, states = list(folder.glob("summary.json")), list(folder.glob(f"{STATES}/*.ckpt"))
+    assert len(summaries) + len(states) == 1
+    for summary in summaries:
+        assert json.loads(summary.read_text("utf-8"))["iterations"] == config.iterations
