@@ -12,7 +12,7 @@ from torch import Tensor
 from fewshot_asam import engine
 from fewshot_asam.engine import InnerLoop
 from fewshot_asam.engine.functional import FunctionalModel
-from fewshot_asam.engine.gradients import autograd_gradient, scalar
+from fewshot_asam.engine.gradients import autograd_gradient, found_gradients
 from fewshot_asam.engine.inner_loop import require_all, step
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.rules import Gradient, rule_name
@@ -62,15 +62,19 @@ class Task:
         self._steps = 0
         self.params = params
 
-    def __call__(self, *args: Any, support: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, support: Any = None, **kwargs: Any) -> Tensor:
         """What the adapted model returns for these arguments.
 
         An inductive learner is called as `task(x, support=images)`: the norm uses the statistics of those images.
         """
         if not self._inner_loop.inductive:
-            return self._network(self.params)(*args, **kwargs)
-        if support is None:
-            raise FewShotError("an inductive learner predicts with the support set's statistics; pass support=images")
+            given = kwargs if support is None else {**kwargs, "support": support}
+            return self._network(self.params)(*args, **given)
+        if support is None or len(args) != 1 or kwargs:
+            raise FewShotError(
+                "an inductive learner predicts with the support set's statistics; pass support=images: "
+                "task(x, support=images)"
+            )
         return engine.predict(self._inner_loop.model, self.params, args[0], support)
 
     def __getattr__(self, name: str) -> Any:
@@ -111,7 +115,7 @@ class Task:
         if torch.is_inference_mode_enabled():
             raise FewShotError("adapt was called in inference mode, which takes no gradients; use torch.no_grad()")
         if isinstance(loss, Tensor):
-            self.params = self._descended(inner_loop, loss, steps)
+            self.params = self._descended(inner_loop, loss, whole_steps(steps))
             return self
         if not callable(loss):
             raise FewShotError(f"adapt was given {loss!r}; expected a closure from a network to its loss")
@@ -142,16 +146,10 @@ class Task:
                 f"{rule_name(inner_loop.rule)} with {steps} steps evaluates the loss more than once and was given a "
                 "loss tensor; pass a closure: task.adapt(lambda net: loss_fn(net(x), y), steps=...)"
             )
-        grads = torch.autograd.grad(
-            scalar(loss),
-            list(self.params.values()),
-            create_graph=not inner_loop.first_order,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        grads = found_gradients(loss, self.params, create_graph=not inner_loop.first_order)
         lr = engine.rates(inner_loop, self._steps)
         self._steps += 1
-        return descended(self.params, dict(zip(self.params, grads, strict=True)), lr)
+        return descended(self.params, grads, lr)
 
 
 def with_options(inner_loop: InnerLoop, first_order: bool | None, allow_unused: bool | None) -> InnerLoop:
@@ -168,6 +166,8 @@ def with_options(inner_loop: InnerLoop, first_order: bool | None, allow_unused: 
 
 def whole_steps(steps: int) -> int:
     """The number of inner steps; raises `FewShotError` where it is none."""
+    if isinstance(steps, bool):
+        raise FewShotError(f"{steps} was given for the inner steps; expected first_order={steps}, by its name")
     if not isinstance(steps, int):
         raise FewShotError(f"{steps!r} inner steps were asked for; expected a whole number")
     if steps < 0:

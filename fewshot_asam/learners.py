@@ -25,7 +25,7 @@ from fewshot_asam.engine.functional import exclusive
 from fewshot_asam.engine.side_by_side import SideBySide
 from fewshot_asam.episodes import Episodes
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.models import Adapted
+from fewshot_asam.models import Adapted, running_norms
 from fewshot_asam.rules import Rule
 from fewshot_asam.rules.agnostic_sam import AgnosticSAMRule
 from fewshot_asam.rules.maml import MAMLRule
@@ -130,6 +130,7 @@ class MetaLearner(nn.Module):
         )
         with exclusive:
             layout = [(name, value.requires_grad) for name, value in self.model.named_parameters()]
+            layout += [(name, layer.training) for name, layer in running_norms(self.model)]
             known = len(self._settings) > 0 and layout == self._settings[-1]
             same = known and all(a is b for a, b in zip(settings, self._settings, strict=False))
             if self._inner_loop is None or not same:
@@ -247,7 +248,8 @@ class MetaLearner(nn.Module):
 
         `meta_backward` is shared, and so are `evaluate` and `meta_loss` under `torch.no_grad`, but not a `meta_loss`
         with a graph. The numbers are those of one thread, bit for bit where tasks are run one by one and the model
-        draws nothing. Gradients reach the learner's own parameters.
+        draws nothing. Where a gradient belongs to another tensor, such as a parameter of the loss or of the rule, an
+        image, or a `lr` that is no parameter, this process computes the tasks alone.
 
         The others are forks of this process, made here, and made again when a setting of the learner has changed. They
         see the parameters, the buffers and each layer's mode of the moment; a model that is changed in another way, as
@@ -344,7 +346,9 @@ class MetaLearner(nn.Module):
         batch = engines.batch(self.inner_loop, episodes, generator)
         if step_weights is None:
             return batch
-        weights = torch.as_tensor(step_weights, dtype=episodes.support_x.dtype, device=episodes.support_x.device)
+        images = episodes.support_x
+        kind = images.dtype if images.is_floating_point() else torch.get_default_dtype()
+        weights = torch.as_tensor(step_weights, dtype=kind, device=images.device)
         return batch._replace(step_weights=(weights,))
 
     def execution_mode(self, batch: Batch) -> ExecutionMode:

@@ -57,6 +57,8 @@ class LearnedRates(nn.Module):
             if value.requires_grad:
                 layer = name.rpartition(".")[0] or name
                 key = (layer if per == "layer_and_step" else name).replace(".", "/")
+                if hasattr(nn.ParameterDict, key) or (key in vars(self.values) and key not in self.values):
+                    key += "/"  # a name that the dictionary has for itself
                 self._keys[name] = key
                 if key not in self.values:
                     shape = {"tensor": (), "element": value.shape, "layer_and_step": (steps or 0,)}[per]

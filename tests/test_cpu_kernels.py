@@ -86,6 +86,28 @@ def test_derivatives_of_the_first_block_are_pytorchs(shape: tuple[int, int, int]
         assert off(mine, theirs) < 1e-10
 
 
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_several_gradients_at_once(order: int, way: str) -> None:
+    torch.manual_seed(0)
+    model = build_model("conv4", 5, (1, 16, 16), 16, seed=0).double()
+    values, x = list(model.parameters()), torch.rand(6, 1, 16, 16, dtype=torch.float64)
+
+    def found() -> Any:
+        outputs: Any = [model(x)]
+        if order == 2:
+            outputs = torch.autograd.grad(outputs[0].square().sum(), values, create_graph=True)
+        generator = torch.Generator().manual_seed(1)
+        several = [torch.randn(3, *y.shape, generator=generator, dtype=y.dtype) for y in outputs]
+        if way == "is_grads_batched":
+            return torch.autograd.grad(outputs, values, several, is_grads_batched=True)
+        return torch.func.vmap(lambda *g: torch.autograd.grad(outputs, values, g, retain_graph=True))(*several)
+
+    fused = found()
+    with cpu_kernels.disabled():
+        assert max(off(*pair) for pair in zip(fused, found(), strict=True)) < 1e-11
+
+
 def test_the_first_block_sees_that_its_images_were_changed() -> None:
     x, *values = inputs(3, 6, 6, filters=32)
     x = x.detach()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fewshot_asam import MAML, FewShotError, MetaAgnosticSAM, MetaLearner, SharpMAML
 from fewshot_asam.engine import choose
+from fewshot_asam.episodes import Episodes
 from fewshot_asam.models import adapted_names, build_model
 from problems import RULES, deviation, episodes, made_learner, meta_gradient, smooth_net
 
@@ -192,3 +194,73 @@ def test_what_is_adapted_may_be_said_by_a_function() -> None:
     assert deviation(meta_gradient(by_function, episodes()), meta_gradient(by_names, episodes())) == 0
     with pytest.raises(FewShotError, match="adapt fits no trainable parameter of SmoothNet"):
         MAML(smooth_net(), 0.1, adapt=lambda name, value: False)
+
+
+def test_weights_of_the_steps_for_images_that_are_numbers_of_words() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randint(20, (2, 5, 7)), torch.arange(5).expand(2, 5).contiguous()
+    learner = MAML(nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(56, 5)), 0.1)
+    first, second = (learner.meta_loss(Episodes(x, y, x, y), steps).loss for steps in (1, 2))
+    both = learner.meta_loss(Episodes(x, y, x, y), 2, step_weights=[0.5, 0.5]).loss
+    assert deviation(both, (first + second) / 2) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_what_was_computed_for_all_tasks_gets_its_gradient(engine: Any) -> None:
+    weights = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    batch, found = episodes(), []
+    for backward in (False, True):
+        pixels = batch.support_x.clone().requires_grad_()
+        given = replace(batch, support_x=2 * pixels)
+        learner = MAML(smooth_net(), 0.1, engine=engine)
+        if backward:
+            learner.meta_backward(given, 3, step_weights=weights.softmax(0))
+        else:
+            learner.meta_loss(given, 3, step_weights=weights.softmax(0)).loss.backward()
+        found.append((weights.grad, pixels.grad, *(value.grad for value in learner.parameters())))
+        weights.grad = None
+    assert max(deviation(*pair) for pair in zip(*found, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_recomputing_leaves_an_unused_layer_alone(engine: Any) -> None:
+    model = smooth_net()
+    model.unused = nn.Linear(2, 2).double()
+    gradients = []
+    for recompute in (False, True):
+        learner = MAML(model, 0.1, engine=engine, recompute=recompute)
+        gradients.append(meta_gradient(learner, episodes()))
+    assert deviation(*gradients) < 1e-12
+
+
+class Attending(nn.Module):
+    """Says which support images it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, support: Tensor | None = None) -> Tensor:
+        return self.head(x if support is None else x - support.mean(0))
+
+
+def test_a_model_that_takes_support_images_gets_them() -> None:
+    model, x = Attending(), torch.rand(3, 4)
+    task = MAML(model, 0.1).clone()
+    assert torch.equal(task(x, support=x), model(x, support=x))
+    assert torch.equal(task(x), model(x))
+
+
+def test_a_closure_that_forgets_the_network_it_was_given() -> None:
+    model, batch = smooth_net(), episodes(tasks=1)
+    task = MAML(model, 0.1).clone()
+    with pytest.raises(FewShotError, match=r"the loss has no gradient; expected one .* the task's network"):
+        task.adapt(lambda net: F.cross_entropy(model(batch.support_x[0]), batch.support_y[0]), steps=2)
+
+
+def test_learn2learns_second_argument_is_not_taken_for_steps() -> None:
+    task, batch = MAML(smooth_net(), 0.1).clone(), episodes(tasks=1)
+    loss = F.cross_entropy(task(batch.support_x[0]), batch.support_y[0])
+    for given in (loss, lambda net: F.cross_entropy(net(batch.support_x[0]), batch.support_y[0])):
+        with pytest.raises(FewShotError, match=r"True was given for the inner steps; expected first_order=True"):
+            task.adapt(given, True)

@@ -174,3 +174,26 @@ def test_a_module_that_computes_rates(engine: str, recompute: bool) -> None:
         return learner.meta_loss(episodes(), STEPS).loss.item()
 
     assert found == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-6)
+
+
+class Keyed(nn.Module):
+    """Layers whose names a dictionary has for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values, self.pop = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.update = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pop(self.values(self.keys(x)) * self.update)
+
+
+@pytest.mark.parametrize("per", ["tensor", "layer_and_step"])
+def test_layers_may_have_any_names(per: Any) -> None:
+    model = Keyed()
+    rates = LearnedRates(model, per, lr={"keys.*": 0.3, "*": 0.1}, steps=2 if per == "layer_and_step" else None)
+    found = {name: round(value.item(), 6) for name, value in rates(0).items()}
+    assert found == {name: 0.3 if name.startswith("keys") else 0.1 for name, _ in model.named_parameters()}
+    other = LearnedRates(model, per, steps=rates.steps)
+    other.load_state_dict(rates.state_dict())
+    assert other(0)["keys.weight"].item() == rates(0)["keys.weight"].item()

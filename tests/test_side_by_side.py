@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -124,6 +125,44 @@ def test_learned_rates_get_their_gradients(rates: str) -> None:
         assert same(results(learner), expected)
 
 
+def test_what_is_not_the_learners_gets_all_of_its_gradient() -> None:
+    """Forks know nothing of it: this process computes the tasks."""
+    factor = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    weights = nn.Parameter(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    images = episodes(tasks=TASKS)
+    learned = images.support_x.clone().requires_grad_()
+    scaled = made(loss=lambda logits, y: F.cross_entropy(factor * logits, y))
+    for learner, wanted, given, options in (
+        (scaled, factor, images, {}),
+        (MetaLearner(made().model, rate, made().rule, engine="loop"), rate, images, {}),
+        (made(), weights, images, {"step_weights": weights}),
+        (made(), learned, replace(images, support_x=learned), {}),
+    ):
+        learner.meta_backward(given, 2, **options)
+        expected, wanted.grad = wanted.grad, None
+        with learner.side_by_side(2), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            learner.meta_backward(given, 2, **options)
+            learner.meta_backward(given, 2, **options)
+        assert wanted.grad is not None
+        assert expected is not None
+        assert deviation(wanted.grad, 2 * expected) < 1e-12
+        of_step = wanted is factor or wanted is rate
+        assert ["by this process alone" in str(one.message) for one in said] == [True] * of_step
+
+
+def test_a_rate_that_is_no_parameter_is_heeded_at_once() -> None:
+    learner = made()
+    learner.lr = torch.tensor(0.1, dtype=torch.float64)
+    with learner.side_by_side(2), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results(learner)
+        learner.lr.mul_(4)
+        found = results(learner)
+    assert same(found, results(learner))
+
+
 class Counting(nn.Module):
     """A classifier that knows how often it was called here, and draws nothing; its buffer scales the logits."""
 
@@ -162,7 +201,7 @@ def test_the_work_is_shared_and_the_state_of_each_call_heeded() -> None:
             strict=True,
         ):
             change()
-            model.calls = 0
+            model.calls = -2 if expected is shared[0] else 0  # a step and its queries are looked at first, once
             assert same(results(learner), expected)
             assert model.calls == 3  # two steps and the queries of one task out of five
     assert len({float(out[0]) for out in shared}) == 4

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,18 +75,27 @@ def task_gradients(
 
     Their part of the meta-gradient is added to the parameters' `.grad`.
     """
-    lr = inner_loop.lr
-    if isinstance(lr, Tensor) and lr.requires_grad and not lr.is_leaf:  # computed once for all tasks: so is its graph
-        own = lr.detach().requires_grad_()
-        found = task_gradients(replace(inner_loop, lr=own), batch, steps, mode, num_tasks)
-        if own.grad is not None:
-            lr.backward(own.grad)  # type: ignore[no-untyped-call]
-        return found
+    given = [value for value in (inner_loop.lr, *chain(*batch)) if isinstance(value, Tensor)]
+    if computed := [value for value in given if value.requires_grad and not value.is_leaf]:
+        return _once(computed, inner_loop, batch, steps, mode, num_tasks)
     results = []
     for loss, logits in run(inner_loop, batch, steps, mode):
         (loss.sum() / num_tasks).backward()  # type: ignore[no-untyped-call]
         results.append((loss.detach(), logits.detach()))
     return _joined(results, mode)
+
+
+def _once(
+    computed: list[Tensor], inner_loop: InnerLoop, batch: Batch, steps: int, mode: ExecutionMode, num_tasks: int
+) -> tuple[Tensor, Tensor]:
+    """The same where tensors were computed for all tasks: their graph is gone through once, after all of them."""
+    own = {value: value.detach().requires_grad_() for value in computed}
+    leaves = Batch(*(tuple(own.get(value, value) for value in values) for values in batch))
+    lr: Any = own.get(inner_loop.lr, inner_loop.lr) if isinstance(inner_loop.lr, Tensor) else inner_loop.lr
+    found = task_gradients(replace(inner_loop, lr=lr), leaves, steps, mode, num_tasks)
+    reached = [value for value, leaf in own.items() if leaf.grad is not None]
+    torch.autograd.backward(reached, [own[value].grad for value in reached])
+    return found
 
 
 def output(losses: Tensor, logits: Tensor, batch: Batch) -> MetaOutput:

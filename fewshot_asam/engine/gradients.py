@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fewshot_asam.rules import Gradient
 from fewshot_asam.rules.perturbations import Params
 
 Loss = Callable[[Params], Tensor]
+NO_GRADIENT = "the loss has no gradient; expected one that was computed with the task's network"
 
 
 def autograd_gradient(loss: Loss, params: Params) -> Params:
@@ -21,14 +22,19 @@ def autograd_gradient(loss: Loss, params: Params) -> Params:
     with torch.enable_grad():
         if not differentiable:
             params = {name: value.detach().requires_grad_() for name, value in params.items()}
-        grads = torch.autograd.grad(
-            scalar(loss(params)),
-            list(params.values()),
-            create_graph=differentiable,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    return dict(zip(params, grads, strict=True))
+        return found_gradients(loss(params), params, create_graph=differentiable)
+
+
+def found_gradients(loss: object, params: Params, create_graph: bool) -> Params:
+    """The gradients of a loss that was computed from `params`, zeros for those that it does not depend on.
+
+    Raises `FewShotError` for what is no loss, and for one that depends on none of them.
+    """
+    grads = torch.autograd.grad(scalar(loss), list(params.values()), create_graph=create_graph, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise FewShotError(NO_GRADIENT)
+    pairs = zip(params.items(), grads, strict=True)
+    return {name: torch.zeros_like(value) if grad is None else grad for (name, value), grad in pairs}
 
 
 def scalar(loss: object) -> Tensor:
@@ -37,8 +43,21 @@ def scalar(loss: object) -> Tensor:
         found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise FewShotError(f"the loss is {found}; expected a tensor of one number")
     if not loss.requires_grad:
-        raise FewShotError("the loss has no gradient; expected one that was computed with the task's network")
+        raise FewShotError(NO_GRADIENT)
     return loss
+
+
+def variables(values: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors that gradients of `values` would be added to."""
+    seen, nodes = set(), [value.grad_fn for value in values]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (held := getattr(node, "variable", None)) is not None:
+            yield held
+        nodes.extend(after for after, _ in node.next_functions)
 
 
 def functional_gradient(loss: Loss, params: Params) -> Params:

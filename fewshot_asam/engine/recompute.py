@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from fewshot_asam.engine.gradients import variables
 from fewshot_asam.errors import FewShotError
 
 
@@ -97,20 +98,14 @@ class _Recomputed(torch.autograd.Function):
 
 def _require_own(values: list[Tensor], leaves: list[Any]) -> None:
     """Raises `FewShotError` where a gradient would be lost, being of a parameter that is no input of the step."""
-    own, seen, nodes = {id(leaf) for leaf in leaves}, set(), [value.grad_fn for value in values]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        held = getattr(node, "variable", None)
-        if held is not None and id(held) not in own:
+    own = {id(leaf) for leaf in leaves}
+    for held in variables(values):
+        if id(held) not in own:
             raise FewShotError(
                 f"the inner steps use a parameter of shape {list(held.shape)} that is neither the model's nor an inner "
                 "rate, such as one of the loss or of the rule, whose gradient recompute would lose; use "
                 "recompute=False"
             )
-        nodes.extend(after for after, _ in node.next_functions)
 
 
 def _autocast(kind: str) -> Callable[[], torch.autocast]:

@@ -14,7 +14,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import replace
+from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from fewshot_asam import engine
 from fewshot_asam.engine.execution import ExecutionMode
 from fewshot_asam.engine.functional import exclusive
+from fewshot_asam.engine.gradients import variables
 from fewshot_asam.engine.inner_loop import Batch, InnerLoop
 from fewshot_asam.models import cpu_kernels
 from fewshot_asam.runtime.forks import Fork, Place, SharedMemory, forks
@@ -66,6 +68,7 @@ class SideBySide:
         self.learner, self.inner_loop, self.count = learner, inner_loop, count
         self.memory = SharedMemory()
         self._forks: list[Fork | None] = []
+        self._examined: tuple[InnerLoop | None, bool] = (None, True)
         self._circumstances: list[Any] = []
         self._owner, self._turn = os.getpid(), threading.Lock()
         self._start()
@@ -86,15 +89,29 @@ class SideBySide:
 
     def takes(self, batch: Batch) -> bool:
         """Whether it is for these processes, and not for the one that called."""
-        lr = self.inner_loop().lr
         return (
             os.getpid() == self._owner
             and self.count > 1
             and batch.num_tasks > 1
-            and all(map(_copies, (*batch.support, *batch.query, *batch.step_weights, *self._state())))
-            and not (isinstance(lr, Tensor) and lr.requires_grad and not lr.is_leaf)
+            and all(map(_copies, (*chain(*batch), *self._state())))
+            and not any(value.requires_grad for value in chain(*batch))
             and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters())
+            and self._has_all(batch)
         )
+
+    def _has_all(self, batch: Batch) -> bool:
+        """Whether all that has gradients is of the learner, so that forks are sent it and send its gradients back."""
+        inner_loop = self.inner_loop()
+        if self._examined[0] is not inner_loop:
+            others = _others(inner_loop, batch, {id(value) for value in self.learner.parameters()})
+            self._examined = inner_loop, not others
+            if others:
+                warnings.warn(
+                    f"the tasks are computed by this process alone: the loss, the rule or lr has a tensor of shape "
+                    f"{list(others[0].shape)} that is no parameter of the learner",
+                    stacklevel=6,
+                )
+        return self._examined[1]
 
     def run(self, kind: Kind, batch: Batch, steps: int, mode: ExecutionMode) -> Found | None:
         """What `engine.task_gradients` or `engine.task_losses` return; None where another thread has its turn."""
@@ -261,6 +278,16 @@ def _compute(kind: Kind, inner_loop: InnerLoop, tasks: Batch, steps: int, mode: 
             return engine.task_gradients(inner_loop, tasks, steps, mode, num_tasks)
     with torch.no_grad():
         return engine.task_losses(inner_loop, tasks, steps, mode)
+
+
+def _others(inner_loop: InnerLoop, batch: Batch, own: set[int]) -> list[Tensor]:
+    """What a step of one task depends on and has gradients, but for the tensors of these identities."""
+    if isinstance(inner_loop.lr, Tensor) and id(inner_loop.lr) not in own:
+        return [inner_loop.lr]
+    from_own_head, task = replace(inner_loop, zeroed=(), prepared={}), Batch(*batch.part(slice(0, 1))[:2])
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        losses, _ = engine.task_losses(from_own_head, task, 1, ExecutionMode("loop"))
+        return [value for value in variables([losses]) if id(value) not in own]
 
 
 def _copies(value: Tensor) -> bool:

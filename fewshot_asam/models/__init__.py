@@ -20,6 +20,7 @@ from fewshot_asam.models.adapted import (
     norm_layers,
     require_replaceable,
     require_stateless,
+    running_norms,
     takes_support,
 )
 from fewshot_asam.models.conv4 import Conv4, ConvBlock
@@ -48,14 +49,15 @@ __all__ = [
     "norm_layers",
     "require_replaceable",
     "require_stateless",
+    "running_norms",
     "takes_support",
     "var_mean",
 ]
 
 MODELS = {"conv4": Conv4, "resnet12": ResNet12}
 """The models of this package, by name."""
-OURS = tuple(MODELS.values())
-"""Models whose derivatives the tests compare with finite differences, so that nobody else needs to."""
+OURS = {*MODELS.values(), ConvBlock, ResidualBlock, TaskNorm, nn.ModuleList, nn.Conv2d, nn.Linear}
+"""The layers of which these are made. Tests compare them with finite differences, so that nobody else needs to."""
 
 
 def build_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -97,13 +97,20 @@ def require_stateless(model: nn.Module) -> None:
 
     A layer in `eval()` mode uses them and leaves them alone.
     """
-    for name, layer in model.named_modules():
-        if layer.training and getattr(layer, "running_mean", None) is not None:
+    for name, layer in running_norms(model):
+        if layer.training:
             raise FewShotError(
                 f"layer {name!r} ({type(layer).__name__}) keeps running statistics, which adaptation would leak from "
                 "task to task; expected norm layers on batch statistics: pass track_running_stats=False to them, or "
                 "the model to fewshot_asam.models.drop_running_statistics; to use them as they are, call .eval() on it"
             )
+
+
+def running_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that have running statistics, by name."""
+    for name, layer in model.named_modules():
+        if getattr(layer, "running_mean", None) is not None:
+            yield name, layer
 
 
 def drop_running_statistics(model: nn.Module) -> nn.Module:

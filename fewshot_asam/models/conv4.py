@@ -17,7 +17,8 @@ class ConvBlock(nn.Module):
     ReLU commutes with max-pooling, and so does the norm's affine map once the sign of its weight is folded into the
     convolution; the pooled tensors have a quarter of the elements. A bias before the norm would be dead: there is none.
     Where a patch has no more entries than there are filters, the norm's statistics come from `conv_var_mean`.
-    Where they apply the whole block is `conv_block` of `cpu_kernels` or of `gpu_kernels`.
+    Where they apply the whole block is `conv_block` of `cpu_kernels` or of `gpu_kernels`. Where its layers have
+    hooks, as in pruning, it calls them one by one.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -27,6 +28,8 @@ class ConvBlock(nn.Module):
         self.few_channels = 9 * channels <= hidden
 
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self.conv, self.norm)):
+            return F.max_pool2d(F.relu(self.norm(self.conv(x), support)), 2)
         parameters = (self.conv.weight, self.norm.weight, self.norm.bias)
         for kernels in (cpu_kernels, gpu_kernels):
             if support is None and kernels.applies(x, *parameters):

@@ -17,16 +17,19 @@ from fewshot_asam.verification.finite_differences import Case
 
 @contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards the layers' plain attributes are as before, whatever their forward passes left there."""
+    """Afterwards the layers' attributes and buffers are as before, whatever their forward passes left there."""
     layers = [layer for layer in module.modules() if not isinstance(layer, torch.jit.ScriptModule)]
-    before = [dict(layer.__dict__) for layer in layers]
+    places = [place for layer in layers for place in (layer.__dict__, layer._buffers)]
+    before, transient = [dict(place) for place in places], [set(layer._non_persistent_buffers_set) for layer in layers]
     try:
         yield
     finally:
-        for layer, attributes in zip(layers, before, strict=True):
-            for name in set(layer.__dict__) - set(attributes):
-                del layer.__dict__[name]
-            layer.__dict__.update(attributes)
+        for place, values in zip(places, before, strict=True):
+            for name in set(place) - set(values):
+                del place[name]
+            place.update(values)
+        for layer, names in zip(layers, transient, strict=True):
+            layer._non_persistent_buffers_set.intersection_update(names)
 
 
 def require_stateless(case: Case) -> None:

@@ -6,11 +6,12 @@ import warnings
 from typing import Any
 
 import torch
+from torch import nn
 
 from fewshot_asam.engine.execution import ExecutionMode
 from fewshot_asam.engine.inner_loop import InnerLoop
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.models import OURS, Adapted, adapted_names
+from fewshot_asam.models import MODELS, OURS, Adapted, adapted_names
 from fewshot_asam.verification.diagnosis import Call, diagnosed, logits_from, own_function, part_diagnosed
 from fewshot_asam.verification.finite_differences import Mode, Order
 
@@ -21,6 +22,7 @@ class Trials:
     def __init__(self, inner_loop: InnerLoop, adapt: Adapted) -> None:
         self.inner_loop, self.adapt = inner_loop, adapt
         self.wanted = True
+        self._ours = _is_ours(inner_loop.model.module)
         self._known: dict[object, str] = {}
         self._makers: set[str] | None = None
 
@@ -58,7 +60,7 @@ class Trials:
         return order, tuple(layer.training for layer in self.inner_loop.model.module.modules())
 
     def _unneeded(self) -> bool:
-        return not self.wanted or type(self.inner_loop.model.module) in OURS or torch.compiler.is_compiling()
+        return not self.wanted or self._ours or torch.compiler.is_compiling()
 
     def _problem(self, mode: Mode, call: Call) -> str:
         if self._unneeded():
@@ -97,3 +99,10 @@ class Trials:
             f"logits come from {', '.join(sorted(makers))}; pass the names to adapt as a list: adapt={sorted(makers)} "
             "for the head"
         )
+
+
+def _is_ours(model: nn.Module) -> bool:
+    """Whether it is one of this package's models as it was made, none of its layers replaced or hooked into."""
+    return type(model) in MODELS.values() and all(
+        type(layer) in OURS and not layer._forward_hooks and not layer._forward_pre_hooks for layer in model.modules()
+    )

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fewshot_asam.models.cpu_kernels import convolution, input_block
 from fewshot_asam.models.cpu_kernels.build import library
 from fewshot_asam.models.cpu_kernels.ctypes_call import call, channels_last, doubles, pooled
-from fewshot_asam.models.cpu_kernels.reference import gradient_of_gradient, plain_tail
+from fewshot_asam.models.cpu_kernels.reference import batched, gradient, gradient_of_gradient, plain_tail
 from fewshot_asam.models.cpu_kernels.signatures import KINDS
 
 _enabled = ContextVar("fused blocks", default=True)
@@ -125,6 +125,8 @@ class _Tail(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         y, gamma, beta, best, place, statistics = ctx.saved_tensors
+        if batched(g):
+            return *gradient(partial(plain_tail, eps=ctx.eps, place=place), g, y, gamma, beta), None
         g, y, best, place = map(channels_last, (g, y, best, place))
         return *_TailBackward.apply(g, y, gamma, beta, best, place, statistics, ctx.eps), None
 
@@ -147,8 +149,10 @@ class _TailBackward(Function):
     @staticmethod
     def backward(ctx: Any, hy: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
         g, y, gamma, beta, best, place, statistics, sums = ctx.saved_tensors
+        tail = partial(plain_tail, eps=ctx.eps, place=place)
+        if batched(hy, hgamma, hbeta):
+            return *gradient(partial(gradient, tail), (hy, hgamma, hbeta), g, y, gamma, beta), None, None, None, None
         if torch.is_grad_enabled():
-            tail = partial(plain_tail, eps=ctx.eps, place=place)
             return *gradient_of_gradient(tail, (hy, hgamma, hbeta), g, y, gamma, beta), None, None, None, None
         hy, g, y, best, place = map(channels_last, (hy, g, y, best, place))
         gg, ggamma, gy = torch.empty_like(g), torch.empty_like(gamma), torch.empty_like(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd import Function
 
 from fewshot_asam.models.cpu_kernels.build import winograd_is_fast
 from fewshot_asam.models.cpu_kernels.ctypes_call import NHWC, call, channels_last
+from fewshot_asam.models.cpu_kernels.reference import batched, gradient
 from fewshot_asam.models.cpu_kernels.signatures import REGISTER
 
 
@@ -30,9 +32,13 @@ def _by_winograd(x: Tensor, weight: Tensor, kind: torch.dtype) -> bool:
     return fits and x.dtype == kind and winograd_is_fast()
 
 
+def _plain(x: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
+    return F.conv2d(x.to(kind), weight.to(kind), padding=1).to(x.dtype)
+
+
 def _conv(x: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
     if not _by_winograd(x, weight, kind):
-        return F.conv2d(x.to(kind), weight.to(kind), padding=1).to(x.dtype)
+        return _plain(x, weight, kind)
     n, channels, *size = x.shape
     y = torch.empty((n, len(weight), *size), dtype=x.dtype, device=x.device, memory_format=NHWC)
     call("conv_forward", y, channels_last(x), weight.contiguous(), y, channels=channels)
@@ -68,6 +74,8 @@ class _Conv(Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:
+        if batched(gy):
+            return *gradient(partial(_plain, kind=ctx.kind), gy, *ctx.saved_tensors), None
         return *_ConvBackward.apply(gy, *ctx.saved_tensors, ctx.kind, ctx.needs_input_grad[:2]), None
 
 
@@ -84,6 +92,11 @@ class _ConvBackward(Function):
     @staticmethod
     def backward(ctx: Any, hx: Tensor | None, hweight: Tensor | None) -> Any:
         gy, x, weight = ctx.saved_tensors
+        if batched(hx, hweight):
+            back = partial(gradient, partial(_plain, kind=ctx.kind))
+            zeros = (torch.zeros_like(x), torch.zeros_like(weight))
+            given = tuple(zero if h is None else h for h, zero in zip((hx, hweight), zeros, strict=True))
+            return *gradient(back, given, gy, x, weight), None, None
         _, wants_x, wants_weight, *_ = ctx.needs_input_grad
         ggy = gx = gweight = None
         if hweight is not None:

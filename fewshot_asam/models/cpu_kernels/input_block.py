@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fewshot_asam.models.cpu_kernels.ctypes_call import call, channels_last, doubles, pooled
-from fewshot_asam.models.cpu_kernels.reference import gradient_of_gradient, plain_tail
+from fewshot_asam.models.cpu_kernels.reference import batched, gradient, gradient_of_gradient, plain_tail
 from fewshot_asam.models.cpu_kernels.signatures import CHANNELS, REGISTER, moments_shape
 
 Images = tuple[Tensor, Tensor]
@@ -80,6 +80,10 @@ class _First(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         *given, best, place, statistics = ctx.saved_tensors
+        if batched(g):
+            filters, gamma, beta, x, *_ = given
+            plain = partial(_plain_block, x, eps=ctx.eps, place=place)
+            return *gradient(plain, g, filters, gamma, beta), None, None, None
         g, best, place = map(channels_last, (g, best, place))
         return *_FirstBackward.apply(g, *given, best, place, statistics, ctx.eps), None, None, None
 
@@ -104,8 +108,10 @@ class _FirstBackward(Function):
     @staticmethod
     def backward(ctx: Any, hfilters: Tensor, hgamma: Tensor, hbeta: Tensor) -> Any:
         g, filters, gamma, beta, x, padded, moments, best, place, statistics, gathered, sums = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            block = partial(_plain_block, x, eps=ctx.eps, place=place)
+        block = partial(_plain_block, x, eps=ctx.eps, place=place)
+        if batched(hfilters, hgamma, hbeta):
+            found = gradient(partial(gradient, block), (hfilters, hgamma, hbeta), g, filters, gamma, beta)
+        elif torch.is_grad_enabled():
             found = gradient_of_gradient(block, (hfilters, hgamma, hbeta), g, filters, gamma, beta)
         else:
             g, best, place = map(channels_last, (g, best, place))

@@ -1,8 +1,9 @@
-"""The block as PyTorch would write it, for derivatives beyond the second."""
+"""The block as PyTorch would write it, for derivatives beyond the second and for several at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,20 @@ def plain_tail(y: Tensor, gamma: Tensor, beta: Tensor, eps: float, place: Tensor
     four = windows.transpose(3, 4).flatten(4)  # [n, C, height, width, 4]
     chosen = four.gather(4, place.long().clamp(max=3).unsqueeze(4)).squeeze(4)
     return torch.where(place == INACTIVE, 0, chosen)
+
+
+def batched(*cotangents: Tensor | None) -> bool:
+    """Whether these stand for several at once: within `torch.func.vmap`, or by `is_grads_batched`."""
+    of_vmap = torch._C._functorch
+    return any(
+        value is not None and (of_vmap.is_batchedtensor(value) or of_vmap.is_legacy_batchedtensor(value))
+        for value in cotangents
+    )
+
+
+def gradient(function: Callable[..., Any], cotangents: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Of what is written in PyTorch's own operations: `cotangents` times its derivative by each of its inputs."""
+    return torch.func.vjp(function, *inputs)[1](cotangents)  # type: ignore[no-any-return]
 
 
 def gradient_of_gradient(
