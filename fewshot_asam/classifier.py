@@ -100,7 +100,7 @@ class TrainedRun:
         if inverts:
             _say(
                 f"the support images are dark ink on lighter paper, and {self.origin.config.dataset} is the reverse: "
-                "they are inverted, and so are those to predict (invert=False leaves them)"
+                "they are inverted, and so are those to predict (invert=False, or --invert false, leaves them)"
             )
         return inverts
 

@@ -54,8 +54,8 @@ class MetaLearner(nn.Module):
       but the last layer), `no_norm` (norm layers are meta-learned only, as in Sharp-MAML's code), a list of names and
       patterns such as `["fc.*"]`, or a function of a parameter's name and the parameter. `adapted` says which they are.
     - `validation`: where Agnostic-SAM's `L_v` comes from in `meta_loss`: a `duplicate` of the support set (the paper's
-      choice), a changed copy (`augment`), or a `split` of it. With `duplicate` Agnostic-SAM differs from Sharp-MAML_low
-      of radius `rho` only by a term of order `rho**2`.
+      choice), a changed copy (`augment`), a `split` of it, or the queries of another task of the batch (`other_task`).
+      With `duplicate` Agnostic-SAM differs from Sharp-MAML_low of radius `rho` only by a term of order `rho**2`.
     - `norm`: `transductive` (queries are normalised together) or `inductive` (with the support set's statistics).
     - `zero_head`: the head, the last layer or what is named as for `adapt`, starts every task from zeros and is not
       meta-learned (the zeroing trick of Kao et al., 2022): how a task numbers its classes then changes nothing.

@@ -143,7 +143,10 @@ COMMANDS = [
     (f"--output-dir {'x' * 300}", "File name too long"),
     ("--resume --output-dir missing", "missing is not the folder of a run"),
     ("--resume --output-dir file", "file is not the folder of a run"),
-    ("--resume --output-dir newer", "newer/config.yaml is of another version: there is no setting 'dropout'"),
+    (
+        "--resume --output-dir newer",
+        "newer/config.yaml is of another command or version: there is no setting 'dropout'",
+    ),
     ("--resume --output-dir cut", "cut/config.yaml lacks"),
 ]
 
@@ -217,7 +220,7 @@ EVALUATIONS = [
     ("run unweighted", "unweighted/best.safetensors does not exist"),
     ("run damaged", "damaged/best.safetensors is damaged"),
     ("run wider", "wider/best.safetensors was made with hidden 4, but the run's setting is 8"),
-    ("newer", "newer/config.yaml is of another version: there is no setting 'dropout'"),
+    ("newer", "newer/config.yaml is of another command or version: there is no setting 'dropout'"),
     ("cut", "cut/config.yaml lacks"),
     ("garbled", "garbled/config.yaml is not a YAML file of settings"),
 ]

@@ -96,7 +96,7 @@ def test_settings_that_are_younger_than_a_whole_file_are_as_by_default(tmp_path:
     [
         ("[1, 2]", "does not hold settings"),
         ("", "does not hold settings"),
-        ("colour: red", "is of another version: there is no setting 'colour'"),
+        ("colour: red", "is of another command or version: there is no setting 'colour'"),
         ("inner_learning_rate: 1", "there is no setting 'inner_learning_rate'; did you mean inner_lr\\?"),
         ("ways: 5", "lacks inner, shots, .*cut short or is of another version"),
         ("ways: 5\nways: 5", "line 2 gives ways again"),

@@ -29,14 +29,20 @@ with importing():
     from fewshot_asam.runtime.allocator import keep_freed_memory
     from fewshot_asam.training.announcements import result_text
     from fewshot_asam.training.build import load_data, resolve_device, test_images
-    from fewshot_asam.training.checks import Asked, require_count, require_processes, require_seed
+    from fewshot_asam.training.checks import Asked, require_processes, require_seed, require_tasks
     from fewshot_asam.training.config import TrainConfig, with_rule
-    from fewshot_asam.training.evaluation import TASKS_AT_ONCE, interval, paired_difference
+    from fewshot_asam.training.evaluation import interval, paired_difference
     from fewshot_asam.training.given import require_given
     from fewshot_asam.training.identity import data_digests, identify, require_same_everywhere, shared
-    from fewshot_asam.training.processes import Processes, choose, sharing
+    from fewshot_asam.training.processes import Processes, sharing
     from fewshot_asam.training.run_folder import stored_settings
-    from fewshot_asam.training.trained import WeightsName, ensemble, evaluated, trained_learner
+    from fewshot_asam.training.trained import (
+        WeightsName,
+        ensemble,
+        evaluated,
+        processes_of_tests,
+        trained_learner,
+    )
 
 
 @dataclass(frozen=True)
@@ -135,12 +141,8 @@ def _what(test: EvalConfig) -> str:
 
 def _processes(learner: MetaLearner, config: TrainConfig, images: ImageSet, test: EvalConfig, tests: int) -> Processes:
     """How many are to share the tasks of so many tests like that of `learner`; said beside the results, not in them."""
-    device, at_once = images.images.device, min(test.tasks, TASKS_AT_ONCE)
     total = test.tasks * test.permutations * tests
-    few = 2 if config.validation == "other_task" else 1
-    chosen = choose(
-        test.processes, device, at_once, total, False, lambda: evaluated(learner, config, images, few, test.seed)
-    )
+    chosen = processes_of_tests(learner, config, images, test.tasks, total, test.processes)
     if distributed.size() == 1:
         print(chosen.text, file=sys.stderr, flush=True)
     return chosen
@@ -163,7 +165,7 @@ def command(argv: Sequence[str]) -> None:
     add_settings(parser, EvalConfig)
     given: Any = parse(parser, argv)
     test = EvalConfig(**{one.name: given[one.name] for one in fields(EvalConfig)})
-    require_count("tasks", test.tasks, 2)
+    require_tasks("tasks", test.tasks)
     require_seed("seed", test.seed)
     require_processes(test.processes)
     settings = {folder: _trained_and_tested(Path(folder), test) for folder in given.runs}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.reproduce.registration import Registration, digest, read_registration, texts
 from fewshot_asam.runtime.yaml_settings import nearest, read_yaml, require_known
-from fewshot_asam.training.checks import require_count, require_seed
+from fewshot_asam.training.checks import require_seed, require_tasks
 from fewshot_asam.training.config import TrainConfig, changed, from_plain, plain
 from fewshot_asam.training.trained import WeightsName
 
@@ -255,7 +255,7 @@ def _check_test(test: Mapping[str, Any], origin: str) -> None:
     require_known(test, (*TEST_SETTINGS, "tasks", "weights"), origin)
     if type(test.get("tasks")) is not int:
         raise FewShotError(f"{origin}: tasks is {test.get('tasks')!r}; expected a whole number")
-    require_count(f"{origin}: tasks", test["tasks"], 2)
+    require_tasks(f"{origin}: tasks", test["tasks"])
     if test["tasks"] > MOST_TASKS:
         raise FewShotError(f"{origin}: tasks is {test['tasks']}; expected at most {MOST_TASKS:,}")
     if test.get("weights", "best") not in get_args(WeightsName):

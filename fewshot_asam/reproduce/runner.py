@@ -36,8 +36,9 @@ from fewshot_asam.training.evaluation import interval
 from fewshot_asam.training.identity import from_json, identify, images_digest
 from fewshot_asam.training.loop import train
 from fewshot_asam.training.metrics import read_metrics
+from fewshot_asam.training.processes import sharing
 from fewshot_asam.training.state import Diverged
-from fewshot_asam.training.trained import evaluated, trained_learner
+from fewshot_asam.training.trained import evaluated, processes_of_tests, trained_learner
 from fewshot_asam.version import __version__
 
 SHORT_TEST = 600
@@ -210,7 +211,8 @@ def _tested(test: Test, config: TrainConfig, folder: Path, dataset: Any, between
     adapting = replace(adapting, **{name: adaptation[name] for name in TEST_SETTINGS})
     learner = trained_learner(folder, adapting, dataset, identify(config, dataset), test.adaptation.weights)
     images = test_images(adapting, dataset)
-    found = evaluated(learner, adapting, images, test.tasks, between=between)
+    with sharing(learner, processes_of_tests(learner, adapting, images, test.tasks, test.tasks)):
+        found = evaluated(learner, adapting, images, test.tasks, between=between)
     said = {name: value for name, value in adaptation.items() if name == "weights" or value != USUAL.get(name)}
     record: Record = {"command": adaptation_command({**said, "tasks": test.tasks})}
     if adapting.test_dataset:

@@ -226,9 +226,9 @@ def _choices(kind: Any) -> list[str]:
 
 
 def _described(kind: Any) -> str:
-    if choices := _choices(kind):
-        return f"one of {', '.join(choices)}"
     parts = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, parts)) if len(parts) == 1 else f"one of {', '.join(map(str, parts))}"
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_described, parts))
     if get_origin(kind) is tuple:

@@ -22,11 +22,15 @@ UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and bytes of a path that are no UTF-8."""
 
 
-def require_count(name: str, value: int, least: int = 1) -> None:
+def require_count(name: str, value: int, least: int = 1, why: str = "") -> None:
     """Raises `FewShotError` where there are fewer than `least`, or more than anyone waits for."""
     if not least <= value <= LARGEST_COUNT:
-        why = ", for an interval" if least == 2 else ""
         raise FewShotError(f"{name} is {value}; expected at least {least}{why} and at most {LARGEST_COUNT:,}")
+
+
+def require_tasks(name: str, value: int) -> None:
+    """Raises `FewShotError` where so many test tasks give no interval."""
+    require_count(name, value, 2, ", for an interval")
 
 
 def require_processes(asked: Asked) -> None:

@@ -204,7 +204,7 @@ class TrainConfig:
             if getattr(self, name) > checks.LARGEST_SIZE:
                 raise FewShotError(f"{name} is {getattr(self, name)}; expected at most {checks.LARGEST_SIZE:,}")
         for name in ("validate_tasks", "test_tasks"):
-            checks.require_count(name, getattr(self, name), 2)
+            checks.require_tasks(name, getattr(self, name))
         for name in ("congruence_tasks", "first_order_iterations", "multi_step_iterations"):
             checks.require_count(name, getattr(self, name), 0)
         if self.ways < 2:
@@ -363,7 +363,7 @@ def from_yaml(path: Path) -> TrainConfig:
     """
     read = read_yaml(path)
     names = [one.name for one in fields(TrainConfig)]
-    require_known(read, names, f"{path} is of another version")
+    require_known(read, names, f"{path} is of another command or version")
     left_out = _left_out(read.get("from_python")) | {"inner_settings"}
     missing = [name for name in names if name not in read and name not in left_out]
     if missing and not is_whole(path):

@@ -18,10 +18,12 @@ from fewshot_asam.errors import FewShotError
 from fewshot_asam.learners import MetaLearner
 from fewshot_asam.training.build import build_learner
 from fewshot_asam.training.checkpoint import SNAPSHOTS, put_weights, read_weights
+from fewshot_asam.training.checks import Asked
 from fewshot_asam.training.config import TrainConfig
-from fewshot_asam.training.evaluation import evaluate
+from fewshot_asam.training.evaluation import TASKS_AT_ONCE, evaluate
 from fewshot_asam.training.identity import Identity, from_json, require_same
 from fewshot_asam.training.metrics import read_metrics
+from fewshot_asam.training.processes import Processes, choose
 
 EVALUATION_SEED = 0
 """Of the validation and test tasks: the same for every run, whatever its own seed."""
@@ -68,6 +70,15 @@ def ensemble(folder: Path, members: int) -> list[str]:
             "many: train with --keep-snapshots true, and --validate-every for more of them"
         )
     return [f"{SNAPSHOTS}/{iteration:010d}" for iteration in ranked[:members]]
+
+
+def processes_of_tests(
+    learner: MetaLearner, config: TrainConfig, images: ImageSet, tasks: int, total: int, asked: Asked = "auto"
+) -> Processes:
+    """How many processes are to share the tasks of a test, of so many in all; see `processes.choose`."""
+    few = 2 if config.validation == "other_task" else 1
+    device, at_once = images.images.device, min(tasks, TASKS_AT_ONCE)
+    return choose(asked, device, at_once, total, False, lambda: evaluated(learner, config, images, few))
 
 
 def evaluated(
