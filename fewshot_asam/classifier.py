@@ -27,7 +27,7 @@ from fewshot_asam.learners import MetaLearner
 from fewshot_asam.models import MODELS, takes_support
 from fewshot_asam.models.statistics import Statistics, logits
 from fewshot_asam.runtime.yaml_settings import expanded, filled
-from fewshot_asam.training.build import resolve_device
+from fewshot_asam.training.build import build_learner, resolve_device
 from fewshot_asam.training.checkpoint import Weights, not_finite, put_weights, read_weights, save_weights, weights
 from fewshot_asam.training.evaluation import in_eval_mode
 from fewshot_asam.training.given import Factory
@@ -49,6 +49,14 @@ class TrainedRun:
     weights: Weights
     device: torch.device
     model: Factory | None = None
+
+    def learner(self) -> MetaLearner:
+        """The meta-learner with these weights, which adapts as it did in training: for `evaluate`, for
+        `fewshot_asam.analysis`, or to train on in a loop of one's own.
+        """
+        learner = build_learner(self.origin.config, self.origin.image_shape, self.model)
+        put_weights(self.weights, stateful(learner), "the run")
+        return learner.to(self.device)
 
     def fit(
         self,
