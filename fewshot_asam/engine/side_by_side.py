@@ -109,7 +109,7 @@ class SideBySide:
                 warnings.warn(
                     f"the tasks are computed by this process alone: the loss, the rule or lr has a tensor of shape "
                     f"{list(others[0].shape)} that is no parameter of the learner",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
         return self._examined[1]
 
