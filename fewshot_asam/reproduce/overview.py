@@ -205,7 +205,9 @@ def _not_run(plans: Sequence[PlanResults]) -> Iterable[str]:
                 count = len(results.section.rules) * len(results.section.seeds)
                 lines.append(f"- {results.section.title} ({plan.plan.name}): {len(results.missing)} of {count} runs")
         if any(results.missing for results in plan.sections):
-            commands.append(f"reproduce_maml experiments/{plan.plan.path.name} --data-root DATA")
+            forks = any(cell.config.init_digest for section in plan.plan.sections for cell in section.cells())
+            start = " --init-from RUN" if forks else ""
+            commands.append(f"reproduce_maml experiments/{plan.plan.path.name} --data-root DATA{start}")
     if lines:
         yield "## What was not run\n"
         yield "\n".join(lines) + "\n"
