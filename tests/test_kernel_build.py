@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -366,9 +367,18 @@ def test_the_compiler_works_while_something_else_is_done(
     assert found[0] is not None
 
 
+@pytest.mark.parametrize("delay", [0.0, 1.5])
 def test_what_interrupts_ends_the_compiler_too(
-    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    delay: float, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also while it is being started, which takes long on a busy machine."""
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            time.sleep(delay)
+
+    monkeypatch.setattr(build.subprocess, "Popen", Started)
     monkeypatch.setattr(build, "library", build.find)
     pid = tmp_path / "pid"
     compiler.becomes(f"echo $$ > {pid}; sleep 60")

@@ -37,6 +37,8 @@ TUNED = (
 )
 """Tried in this order: not every compiler knows every flag."""
 SECONDS = 120
+LAST_MOMENTS = 50
+"""Tenths of a second that a compiler has to end in when nobody waits for it any more."""
 PROBE = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
@@ -83,9 +85,12 @@ def begun() -> Iterator[None]:
         thread.join()
     except BaseException:
         _given_up.set()
-        for process in list(_running):
-            _end(process)
-        thread.join(1)
+        for _ in range(LAST_MOMENTS):
+            for process in list(_running):  # one may only now have been started
+                _end(process)
+            thread.join(0.1)
+            if not thread.is_alive():
+                break
         _given_up.clear()
         raise
 
