@@ -167,16 +167,12 @@ def _answer(corrected: Mapping[Difference, float]) -> str:
     """What the differences that have all their seeds say, in a sentence."""
     if not corrected:
         return "**Answer: none yet.** No comparison has all its seeds, and a single seed decides nothing."
-    means = [sum(one.values) / len(one.values) for one, p in corrected.items() if p < 0.05]
-    clear = [
-        f"{one.first} − {one.second} ({one.section}, {one.kind}): {sum(one.values) / len(one.values):.2f} points"
-        for one, p in corrected.items()
-        if p < 0.05
-    ]
+    clear = [(one, sum(one.values) / len(one.values)) for one, p in corrected.items() if p < 0.05]
     if not clear:
         return f"**Answer: undecided.** None of {len(corrected)} comparisons is clear after the correction."
-    which = "" if max(means) > 0 else " In each the one named first is behind."
-    return f"**Answer: {len(clear)} of {len(corrected)} comparisons are clear.**{which} {'; '.join(clear)}."
+    which = "" if any(mean > 0 for _, mean in clear) else " In each the one named first is behind."
+    said = [f"{one.first} − {one.second} ({one.section}, {one.kind}): {mean:.2f} points" for one, mean in clear]
+    return f"**Answer: {len(clear)} of {len(corrected)} comparisons are clear.**{which} {'; '.join(said)}."
 
 
 def _differences(plan: Mapping[str, Any], found: Mapping[tuple[str, str], Mapping[int, Any]]) -> Iterator[Difference]:

@@ -77,7 +77,7 @@ def test_command_lines_parse(command: str, tmp_path: Path, monkeypatch: pytest.M
             parser.add_argument("--render", action="store_true")
         add_settings(parser, configs.get(name, reproduce_maml.QueueConfig))
         things = parse(parser, words)["things"]
-        assert name != "reproduce_maml" or all(any(Path().glob(plan)) for plan in things)
+        assert name != "reproduce_maml" or all(any(file.is_file() for file in Path().glob(plan)) for plan in things)
 
 
 def test_there_are_blocks_and_command_lines() -> None:

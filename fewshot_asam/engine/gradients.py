@@ -49,15 +49,19 @@ def scalar(loss: object) -> Tensor:
 
 def variables(values: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors that gradients of `values` would be added to."""
-    seen, nodes = set(), [value.grad_fn for value in values]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (held := getattr(node, "variable", None)) is not None:
-            yield held
-        nodes.extend(after for after, _ in node.next_functions)
+    for level in graph_of([value.grad_fn for value in values]):
+        for node in level:
+            if (held := getattr(node, "variable", None)) is not None:
+                yield held
+
+
+def graph_of(level: list[Any]) -> Iterator[list[Any]]:
+    """The nodes of an autograd graph, from its results on, by their distance."""
+    seen: set[Any] = set()
+    while level := [node for node in dict.fromkeys(level) if node is not None and node not in seen]:
+        yield level
+        seen.update(level)
+        level = [after for node in level for after, _ in node.next_functions]
 
 
 def functional_gradient(loss: Loss, params: Params) -> Params:

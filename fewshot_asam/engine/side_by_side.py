@@ -103,12 +103,12 @@ class SideBySide:
         """Whether all that has gradients is of the learner, so that forks are sent it and send its gradients back."""
         inner_loop = self.inner_loop()
         if self._examined[0] is not inner_loop:
-            others = _others(inner_loop, batch, {id(value) for value in self.learner.parameters()})
-            self._examined = inner_loop, not others
-            if others:
+            other = _other(inner_loop, batch, {id(value) for value in self.learner.parameters()})
+            self._examined = inner_loop, other is None
+            if other is not None:
                 warnings.warn(
                     f"the tasks are computed by this process alone: the loss, the rule or lr has a tensor of shape "
-                    f"{list(others[0].shape)} that is no parameter of the learner",
+                    f"{list(other.shape)} that is no parameter of the learner",
                     stacklevel=7,
                 )
         return self._examined[1]
@@ -280,14 +280,14 @@ def _compute(kind: Kind, inner_loop: InnerLoop, tasks: Batch, steps: int, mode: 
         return engine.task_losses(inner_loop, tasks, steps, mode)
 
 
-def _others(inner_loop: InnerLoop, batch: Batch, own: set[int]) -> list[Tensor]:
-    """What a step of one task depends on and has gradients, but for the tensors of these identities."""
+def _other(inner_loop: InnerLoop, batch: Batch, own: set[int]) -> Tensor | None:
+    """A tensor with a gradient that a step of one task depends on, of none of these identities."""
     if isinstance(inner_loop.lr, Tensor) and id(inner_loop.lr) not in own:
-        return [inner_loop.lr]
+        return inner_loop.lr
     from_own_head, task = replace(inner_loop, zeroed=(), prepared={}), Batch(*batch.part(slice(0, 1))[:2])
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         losses, _ = engine.task_losses(from_own_head, task, 1, ExecutionMode("loop"))
-        return [value for value in variables([losses]) if id(value) not in own]
+        return next((value for value in variables([losses]) if id(value) not in own), None)
 
 
 def _copies(value: Tensor) -> bool:

@@ -106,6 +106,11 @@ def require_stateless(model: nn.Module) -> None:
             )
 
 
+def hooked(layer: nn.Module) -> bool:
+    """Whether a call of the layer does more than its `forward`."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def running_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers that have running statistics, by name."""
     for name, layer in model.named_modules():

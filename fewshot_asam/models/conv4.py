@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot_asam.models import cpu_kernels, gpu_kernels
+from fewshot_asam.models.adapted import hooked
 from fewshot_asam.models.initialisation import HeadInit, Init, initialise, initialise_head
 from fewshot_asam.models.norm import EPS, TaskNorm, conv_var_mean, per_channel, var_mean
 from fewshot_asam.models.shape import Shape, checked
@@ -28,7 +29,7 @@ class ConvBlock(nn.Module):
         self.few_channels = 9 * channels <= hidden
 
     def forward(self, x: Tensor, support: int | None = None) -> Tensor:
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self.conv, self.norm)):
+        if hooked(self.conv) or hooked(self.norm):
             return F.max_pool2d(F.relu(self.norm(self.conv(x), support)), 2)
         parameters = (self.conv.weight, self.norm.weight, self.norm.bias)
         for kernels in (cpu_kernels, gpu_kernels):

@@ -228,7 +228,8 @@ def _choices(kind: Any) -> list[str]:
 def _described(kind: Any) -> str:
     parts = [part for part in get_args(kind) if part is not type(None)]
     if get_origin(kind) is Literal:
-        return " or ".join(map(str, parts)) if len(parts) == 1 else f"one of {', '.join(map(str, parts))}"
+        words = ", ".join(map(str, parts))
+        return words if len(parts) == 1 else f"one of {words}"
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_described, parts))
     if get_origin(kind) is tuple:

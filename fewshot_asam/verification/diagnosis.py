@@ -13,6 +13,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from fewshot_asam.engine.functional import FunctionalModel, exclusive, found_in
+from fewshot_asam.engine.gradients import graph_of
 from fewshot_asam.models import cpu_kernels
 from fewshot_asam.verification import requirements
 from fewshot_asam.verification.finite_differences import IMAGES, Case, Mode, Order, Outcome, tried, undisturbed
@@ -252,7 +253,7 @@ def own_function(model: FunctionalModel, call: Call) -> str:
         with undisturbed(torch.empty(0)), cpu_kernels.disabled(), torch.enable_grad():
             leaves, data = case.of_task(0)
             outputs = pytree.tree_leaves(case.output({n: v.requires_grad_() for n, v in leaves.items()}, data))
-        graph = requirements.graph_of([value.grad_fn for value in outputs if isinstance(value, Tensor)])
+        graph = graph_of([value.grad_fn for value in outputs if isinstance(value, Tensor)])
         if any(isinstance(node, BackwardCFunction) for level in graph for node in level):
             named = requirements.named(model.module, name)
             return (
@@ -270,7 +271,7 @@ def logits_from(model: FunctionalModel, call: Call) -> set[str]:
         outputs = pytree.tree_leaves(case.output(leaves, case.of_task(0)[1]))
         output = next(value for value in outputs if isinstance(value, Tensor))
     names = {id(value): name for name, value in leaves.items()}
-    for level in requirements.graph_of([output.grad_fn]):
+    for level in graph_of([output.grad_fn]):
         if found := {names[id(node.variable)] for node in level if id(getattr(node, "variable", None)) in names}:
             owners = {name.rpartition(".")[0] for name in found}
             return {name for name in leaves if name.rpartition(".")[0] in owners}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fewshot_asam.engine.gradients import variables
 from fewshot_asam.errors import FewShotError
 from fewshot_asam.rules.perturbations import Params
 from fewshot_asam.verification.finite_differences import Case
@@ -105,9 +106,8 @@ def require_reached(case: Case) -> None:
             f"{named(case.model.module, '')} returned no tensor of floating point ({type(outputs[0]).__name__}); use "
             "a tensor, or tensors in tuples, lists and dictionaries; or pass check=False"
         )
-    graph = graph_of([value.grad_fn for value in outputs if isinstance(value, Tensor)])
-    for node in (node for level in graph for node in level):
-        if name := own.get(id(getattr(node, "variable", None))):
+    for held in variables(value for value in outputs if isinstance(value, Tensor)):
+        if name := own.get(id(held)):
             layer, _, parameter = name.rpartition(".")
             raise FewShotError(
                 f"{named(case.model.module, layer)} has a parameter {parameter!r} that forward takes from somewhere "
@@ -125,12 +125,3 @@ def _same(one: object, other: object) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return True
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-6, atol=1e-9, equal_nan=True)
-
-
-def graph_of(level: list[Any]) -> Iterator[list[Any]]:
-    """The nodes of an autograd graph, from its results on, by their distance."""
-    seen: set[Any] = set()
-    while level := [node for node in dict.fromkeys(level) if node is not None and node not in seen]:
-        yield level
-        seen.update(level)
-        level = [after for node in level for after, _ in node.next_functions]

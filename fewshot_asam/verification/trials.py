@@ -11,7 +11,7 @@ from torch import nn
 from fewshot_asam.engine.execution import ExecutionMode
 from fewshot_asam.engine.inner_loop import InnerLoop
 from fewshot_asam.errors import FewShotError
-from fewshot_asam.models import MODELS, OURS, Adapted, adapted_names
+from fewshot_asam.models import MODELS, OURS, Adapted, adapted_names, hooked
 from fewshot_asam.verification.diagnosis import Call, diagnosed, logits_from, own_function, part_diagnosed
 from fewshot_asam.verification.finite_differences import Mode, Order
 
@@ -104,5 +104,5 @@ class Trials:
 def _is_ours(model: nn.Module) -> bool:
     """Whether it is one of this package's models as it was made, none of its layers replaced or hooked into."""
     return type(model) in MODELS.values() and all(
-        type(layer) in OURS and not layer._forward_hooks and not layer._forward_pre_hooks for layer in model.modules()
+        type(layer) in OURS and not hooked(layer) for layer in model.modules()
     )
